@@ -1,0 +1,89 @@
+"""The one error type of tunledger: a stable code, a text a person can act on, and whether trying again may help.
+
+Codes are part of the API and never change. HTTP statuses do not live here (one table in `service.api.problems`), nor
+does errno translation (only in `service.kernel.errnos`).
+"""
+
+from enum import StrEnum
+
+
+class ErrorCode(StrEnum):
+    """Stable, snake_case names of what can go wrong; documented in docs/errors.md."""
+
+    INVALID_JSON = "invalid_json"
+    INVALID_FIELD = "invalid_field"
+    BODY_TOO_LARGE = "body_too_large"
+    SUBNET_OVERLAP = "subnet_overlap"
+    INTERFACE_EXISTS = "interface_exists"
+    NAME_TAKEN = "name_taken"
+    NO_INTERFACE = "no_interface"
+    NOT_FOUND = "not_found"
+    METHOD_NOT_ALLOWED = "method_not_allowed"
+    ALREADY_RUNNING = "already_running"
+    NOT_RUNNING = "not_running"
+    UNAUTHORIZED = "unauthorized"
+    FORBIDDEN_HOST = "forbidden_host"
+    VERSION_CONFLICT = "version_conflict"
+    PERMISSION_DENIED = "permission_denied"
+    TUN_MISSING = "tun_missing"
+    DEVICE_BUSY = "device_busy"
+    DEVICE_GONE = "device_gone"
+    KERNEL_REFUSED = "kernel_refused"
+    VERIFY_FAILED = "verify_failed"
+    WORKER_FAILED = "worker_failed"
+    LOG_UNAVAILABLE = "log_unavailable"
+    LOG_FULL = "log_full"
+    LOG_CORRUPT = "log_corrupt"
+    SCHEMA_MISMATCH = "schema_mismatch"
+    ALREADY_SERVING = "already_serving"
+    OVERLOADED = "overloaded"
+    SHUTTING_DOWN = "shutting_down"
+    OUTCOME_UNKNOWN = "outcome_unknown"
+    INTERNAL = "internal"
+
+
+class TunledgerError(Exception):
+    """Something was refused or failed, said in a way the caller can act on.
+
+    Attributes:
+        code: what kind of failure, stable.
+        message: one sentence for people: what was found and what would do.
+        retry: True if the same request may succeed later without anything being changed by the caller.
+        field: dotted path of the offending field ("mtu", "addresses.0"), or None.
+        errno_name: the kernel's name for its refusal ("EBUSY"), or None.
+    """
+
+    def __init__(
+        self,
+        code: ErrorCode,
+        message: str,
+        *,
+        retry: bool = False,
+        field: str | None = None,
+        errno_name: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.retry = retry
+        self.field = field
+        self.errno_name = errno_name
+
+
+def invalid(field: str, given: object, expected: str) -> TunledgerError:
+    """An `invalid_field` error that names the field, what was given and what would do."""
+    return TunledgerError(ErrorCode.INVALID_FIELD, f"{field}: {shown(given)} {expected}", field=field)
+
+
+def shown(value: object) -> str:
+    """A value as JSON people would recognise it, cut at 64 characters so that errors stay readable."""
+    match value:
+        case None:
+            text = "null"
+        case bool():
+            text = "true" if value else "false"
+        case str():
+            text = '"' + "".join(c if c.isprintable() else repr(c)[1:-1] for c in value) + '"'
+        case _:
+            text = str(value)
+    return text if len(text) <= 64 else text[:61] + "..."

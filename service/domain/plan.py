@@ -1,0 +1,205 @@
+"""Compares what is desired with what is observed, and says in steps how to get from one to the other.
+
+Pure. `differences` is the one comparison; `plan` orders the steps that remove them, and `verify` calls it again on
+what was observed afterwards. So an empty plan and a passed verification are the same statement. What belongs here and
+not into an executor: every order that matters to the kernel, with its reason.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from service.domain import steps as st
+from service.domain.decide import name_taken
+from service.domain.errors import ErrorCode, TunledgerError
+from service.domain.observed import ObservedLink
+from service.domain.spec import InterfaceSpec
+from service.domain.token import Token
+from service.domain.values import Address, InterfaceName
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One thing that is not as it should be. Values are JSON; None stands for absent."""
+
+    path: str
+    desired: Any
+    observed: Any
+
+    def __str__(self) -> str:
+        return f"{self.path}: desired {_words(self.desired)}, observed {_words(self.observed)}"
+
+    def to_json(self) -> dict[str, Any]:
+        """As it goes into events and answers."""
+        return {"path": self.path, "desired": self.desired, "observed": self.observed}
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What was seen of one interface of ours.
+
+    Attributes:
+        link: the link that carries its token, whatever its name now, or None.
+        attached: whether a worker of ours reads the device.
+        occupant: a link of somebody else that has the wanted name, or None.
+    """
+
+    link: ObservedLink | None = None
+    attached: bool = False
+    occupant: ObservedLink | None = None
+
+
+def differences(token: Token, name: str, spec: InterfaceSpec | None, sight: Sight) -> tuple[Difference, ...]:
+    """All that differs, in dotted paths under the interface's name. `spec` is None for one that is to be gone."""
+    link = sight.link
+    found: list[Difference] = []
+    if spec is None:
+        if link is not None:
+            found.append(Difference(name, None, f"{link.name} (ifindex {link.ifindex})"))
+        if sight.attached:
+            found.append(Difference(f"{name}.processing.running", False, True))
+        return tuple(found)
+    if link is None:
+        return (Difference(name, "present", None),)
+    for key, desired, observed in _compared(spec, link):
+        if desired != observed:
+            found.append(Difference(f"{name}.{key}", desired, observed))
+    if spec.processing.running != sight.attached:
+        found.append(Difference(f"{name}.processing.running", spec.processing.running, sight.attached))
+    assert link.token == token
+    return tuple(found)
+
+
+def _compared(spec: InterfaceSpec, link: ObservedLink) -> list[tuple[str, Any, Any]]:
+    """Each compared property as (path, desired, observed). Addresses compare as sets: the order is the kernel's."""
+    pairs: list[tuple[str, Any, Any]] = [
+        ("name", spec.name, link.name),
+        ("mode", spec.mode.value, link.mode.value if link.mode is not None else None),
+        ("multi_queue", spec.multi_queue, link.multi_queue),
+        ("persist", True, link.persist),
+        ("mtu", spec.mtu, link.mtu),
+        ("txqueuelen", spec.txqueuelen, link.txqueuelen),
+        ("owner", spec.owner, link.owner),
+        ("group", spec.group, link.group),
+        ("addresses", sorted(map(str, spec.addresses)), sorted(map(str, link.addresses))),
+        ("up", spec.up, link.up),
+    ]
+    if spec.mac is not None:
+        pairs.append(("mac", spec.mac, link.mac))
+    return pairs
+
+
+def plan(token: Token, name: InterfaceName, spec: InterfaceSpec | None, sight: Sight) -> tuple[st.Step, ...]:
+    """The steps from what was seen to what is desired; none if there is no difference.
+
+    Raises:
+        TunledgerError: name_taken, if somebody else's link has the name and would have to go.
+    """
+    link = sight.link
+    if spec is None:
+        return _removal(token, sight)
+    if link is not None and _same_device(spec, link):
+        return _edit(spec, sight, link)
+    if sight.occupant is not None:
+        raise name_taken(name)
+    fresh = ObservedLink(
+        name=name,
+        ifindex=0,
+        mode=spec.mode,
+        token=token,
+        owner=spec.owner,
+        group=spec.group,
+        multi_queue=spec.multi_queue,
+        persist=True,
+    )
+    create = st.CreateLink(name, token, spec.mode, spec.multi_queue, spec.owner, spec.group)
+    after = _edit(spec, Sight(link=fresh), fresh)
+    return (*_removal(token, sight), create, *after)
+
+
+def verify(token: Token, name: str, spec: InterfaceSpec | None, sight: Sight) -> None:
+    """Check that nothing differs any more.
+
+    Raises:
+        TunledgerError: verify_failed, naming every path with both values.
+    """
+    left = differences(token, name, spec, sight)
+    if left:
+        raise TunledgerError(ErrorCode.VERIFY_FAILED, "; ".join(map(str, left)), retry=True)
+
+
+def _same_device(spec: InterfaceSpec, link: ObservedLink) -> bool:
+    """Whether the kernel can turn this device into the wanted one; if not, only a new one will do.
+
+    An owner can be replaced but not taken away: TUNSETOWNER refuses an invalid uid (drivers/net/tun.c).
+    """
+    disowned = (spec.owner is None and link.owner is not None) or (spec.group is None and link.group is not None)
+    return link.mode is spec.mode and link.multi_queue == spec.multi_queue and link.persist and not disowned
+
+
+def _removal(token: Token, sight: Sight) -> tuple[st.Step, ...]:
+    found: list[st.Step] = []
+    if sight.attached:  # first: a device that is read while it is deleted gives the worker an error
+        name = sight.link.name if sight.link is not None else ""
+        found.append(st.StopProcessing(name, token.interface_id))
+    if sight.link is not None:
+        found.append(st.DeleteLink(sight.link.name, sight.link.ifindex, token))
+    return tuple(found)
+
+
+def _edit(spec: InterfaceSpec, sight: Sight, link: ObservedLink) -> tuple[st.Step, ...]:
+    name, out = spec.name, list[st.Step]()
+    token = link.token
+    assert token is not None
+    if not spec.processing.running and sight.attached:
+        out.append(st.StopProcessing(link.name, token.interface_id))
+    if link.name != name:
+        if sight.occupant is not None:
+            raise name_taken(name)
+        out.append(st.SetName(name, link.name))
+    if link.up and not spec.up:
+        out.append(st.SetDown(name))
+    if link.mtu != spec.mtu:  # before the addresses: IPv6 ones need 1280
+        out.append(st.SetMtu(name, spec.mtu))
+    if link.txqueuelen != spec.txqueuelen:
+        out.append(st.SetTxQueueLen(name, spec.txqueuelen))
+    if (link.owner, link.group) != (spec.owner, spec.group):
+        out.append(st.SetOwner(name, spec.owner, spec.group))
+    if spec.mac is not None and link.mac != spec.mac:
+        out.append(st.SetMac(name, spec.mac))
+    out += _edit_addresses(spec, link)
+    if spec.up and not link.up:  # last, so that nothing can be sent over a half-made link
+        out.append(st.SetUp(name))
+    if spec.processing.running and not sight.attached:
+        out.append(st.StartProcessing(name, token.interface_id, spec.mode, spec.multi_queue))
+    return tuple(out)
+
+
+def _edit_addresses(spec: InterfaceSpec, link: ObservedLink) -> list[st.Step]:
+    """Add before removing, so that the host is never without an address; then mend what the kernel takes along.
+
+    It drops IPv6 addresses when a link goes down (net/ipv6/addrconf.c, keep_addr_on_down), and the secondary IPv4
+    addresses of a subnet with the primary one (net/ipv4/devinet.c, promote_secondaries).
+    """
+    goes_down = link.up and not spec.up
+    present = {a for a in link.addresses if not (goes_down and a.version == 6)}
+    removed = [a for a in link.addresses if a not in spec.addresses]
+    out: list[st.Step] = [st.AddAddress(spec.name, a) for a in spec.addresses if a not in present]
+    out += [st.RemoveAddress(spec.name, a) for a in removed]
+    out += [st.AddAddress(spec.name, a) for a in spec.addresses if any(_primary_of(r, a) for r in removed)]
+    return out
+
+
+def _primary_of(removed: Address, kept: Address) -> bool:
+    return kept.version == 4 and kept.prefixlen == removed.prefixlen and kept.network == removed.network
+
+
+def _words(value: object) -> str:
+    match value:
+        case None:
+            return "absent"
+        case bool():
+            return "true" if value else "false"
+        case list():
+            return ", ".join(map(str, value)) or "none"
+        case _:
+            return str(value)

@@ -1,0 +1,176 @@
+"""What is wanted of one interface, whole: the spec, its JSON form, and the rules between its fields.
+
+The JSON form here is the one in event payloads and in /api/v1. Owner and group are numbers here; names are resolved
+at the edge. Nothing in here asks the host.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import msgspec
+
+from service.domain import values
+from service.domain.errors import ErrorCode, TunledgerError, invalid
+from service.domain.values import Address, InterfaceName, Mode, Mtu
+
+ADDRESSES_MAX = 64
+UID_MAX = 2**32 - 2  # (uid_t) -1 means "nobody" to TUNSETOWNER
+TXQUEUELEN_DEFAULT = 1000  # the kernel's 500 for TUN is too small for bursts
+
+
+class Processing(msgspec.Struct, frozen=True):
+    """Whether our workers read the device. While not, we hold no descriptor of it and others may open it."""
+
+    running: bool = False
+
+
+class InterfaceSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The desired state of one interface.
+
+    Attributes:
+        name: as `ip link` shows it; it is the identity users know and never changes.
+        mode: tun or tap; changing it means a new device.
+        addresses: with prefix length, in the order given; the first is the primary one.
+        mtu: bytes.
+        up: the admin state.
+        txqueuelen: packets the kernel queues for the reader before it drops.
+        owner, group: numeric ids that may open the device besides root, or None.
+        multi_queue: several descriptors at once; changing it means a new device.
+        mac: hardware address of a tap, or None for the kernel's choice.
+        processing: whether our workers read it.
+        description, labels: for people and their tools.
+    """
+
+    name: InterfaceName
+    mode: Mode = Mode.TUN
+    addresses: tuple[Address, ...] = ()
+    mtu: Mtu = Mtu(1500)
+    up: bool = True
+    txqueuelen: int = TXQUEUELEN_DEFAULT
+    owner: int | None = None
+    group: int | None = None
+    multi_queue: bool = False
+    mac: str | None = None
+    processing: Processing = Processing()
+    description: str = ""
+    labels: dict[str, str] = {}
+
+
+def check(spec: InterfaceSpec) -> InterfaceSpec:
+    """The rules that need more than one field.
+
+    Raises:
+        TunledgerError: invalid_field.
+    """
+    if spec.mtu < values.IPV6_MTU_MIN and any(address.version == 6 for address in spec.addresses):
+        wanted = f"is under {values.IPV6_MTU_MIN}, the least IPv6 works with, and the interface has an IPv6 address"
+        raise invalid("mtu", spec.mtu, wanted)
+    if len({address.ip for address in spec.addresses}) != len(spec.addresses):
+        raise invalid("addresses", ", ".join(map(str, spec.addresses)), "has the same address twice")
+    if len(spec.addresses) > ADDRESSES_MAX:
+        raise invalid("addresses", f"{len(spec.addresses)} addresses", f"are too many; at most {ADDRESSES_MAX}")
+    if spec.mac is not None and spec.mode is not Mode.TAP:
+        raise invalid("mac", spec.mac, "does not go with mode tun, which has no hardware address")
+    return spec
+
+
+def _addresses(value: object, field: str) -> tuple[Address, ...]:
+    if not isinstance(value, list):
+        raise invalid(field, value, 'is not a list of addresses such as ["10.0.0.1/24"]')
+    return tuple(values.parse_cidr(item, f"{field}.{index}") for index, item in enumerate(value))
+
+
+def _mode(value: object, field: str) -> Mode:
+    if value not in ("tun", "tap"):
+        raise invalid(field, value, 'is not "tun" or "tap"')
+    return Mode(str(value))
+
+
+def _account(value: object, field: str) -> int | None:
+    return None if value is None else values.parse_int(value, field, 0, UID_MAX)
+
+
+def _mac(value: object, field: str) -> str | None:
+    return None if value is None else values.parse_mac(value, field)
+
+
+def _processing(value: object, field: str) -> Processing:
+    if not isinstance(value, dict):
+        raise invalid(field, value, 'is not an object such as {"running": true}')
+    refuse_unknown(value, ("running",), f"{field}.")
+    return Processing(running=values.parse_bool(value.get("running", False), f"{field}.running"))
+
+
+_PARSERS: Final[Mapping[str, Callable[[Any, str], Any]]] = {
+    "name": values.parse_name,
+    "mode": _mode,
+    "addresses": _addresses,
+    "mtu": values.parse_mtu,
+    "up": values.parse_bool,
+    "txqueuelen": lambda value, field: values.parse_int(value, field, 0, values.TXQUEUELEN_MAX),
+    "owner": _account,
+    "group": _account,
+    "multi_queue": values.parse_bool,
+    "mac": _mac,
+    "processing": _processing,
+    "description": values.parse_description,
+    "labels": values.parse_labels,
+}
+
+
+def refuse_unknown(document: Mapping[str, object], known: tuple[str, ...], prefix: str = "") -> None:
+    """Raise invalid_field for the first key that is not known; a misspelt field must not pass in silence."""
+    for key in document:
+        if key not in known:
+            raise TunledgerError(
+                ErrorCode.INVALID_FIELD,
+                f"{prefix}{key}: unknown field; known here: {', '.join(known)}",
+                field=f"{prefix}{key}",
+            )
+
+
+def parse_spec(document: Mapping[str, object]) -> InterfaceSpec:
+    """A spec from its JSON form; missing fields take their defaults.
+
+    Raises:
+        TunledgerError: invalid_field, naming the field in dotted form.
+    """
+    refuse_unknown(document, tuple(_PARSERS))
+    if "name" not in document:
+        raise TunledgerError(ErrorCode.INVALID_FIELD, 'name: missing; expected one such as "tun0"', field="name")
+    fields = {key: _PARSERS[key](value, key) for key, value in document.items()}
+    return check(InterfaceSpec(**fields))
+
+
+def spec_to_json(spec: InterfaceSpec) -> dict[str, Any]:
+    """The spec as plain JSON values, every field present, so that a payload can be read without our defaults."""
+    return {
+        "name": spec.name,
+        "mode": spec.mode.value,
+        "addresses": [str(address) for address in spec.addresses],
+        "mtu": spec.mtu,
+        "up": spec.up,
+        "txqueuelen": spec.txqueuelen,
+        "owner": spec.owner,
+        "group": spec.group,
+        "multi_queue": spec.multi_queue,
+        "mac": spec.mac,
+        "processing": {"running": spec.processing.running},
+        "description": spec.description,
+        "labels": dict(spec.labels),
+    }
+
+
+def changes(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None, prefix: str = "") -> list[dict[str, Any]]:
+    """What differs between two JSON forms, as [{"path", "old", "new"}] in dotted paths; None stands for absent."""
+    found: list[dict[str, Any]] = []
+    before, after = old or {}, new or {}
+    for key in [*before, *(key for key in after if key not in before)]:
+        was, now = before.get(key), after.get(key)
+        if was == now:
+            continue
+        if isinstance(was, dict) and isinstance(now, dict):
+            found += changes(was, now, f"{prefix}{key}.")
+        else:
+            found.append({"path": f"{prefix}{key}", "old": was, "new": now})
+    return found

@@ -1,0 +1,189 @@
+"""The steps a plan is made of. Each reads like the `ip` command it stands for and leaves the executor no choice."""
+
+from dataclasses import dataclass
+
+from service.domain.token import Token
+from service.domain.values import Address, InterfaceId, InterfaceName, Mode
+
+
+@dataclass(frozen=True, slots=True)
+class CreateLink:
+    """Make the persistent device, exclusively, marked with the token before it can outlive us."""
+
+    name: InterfaceName
+    token: Token
+    mode: Mode
+    multi_queue: bool
+    owner: int | None
+    group: int | None
+
+    def __str__(self) -> str:
+        owner = "" if self.owner is None else f" user {self.owner}"
+        group = "" if self.group is None else f" group {self.group}"
+        queues = " multi_queue" if self.multi_queue else ""
+        return f"ip tuntap add {self.name} mode {self.mode}{owner}{group}{queues}"
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteLink:
+    """Remove the link with this ifindex, if it still carries the token."""
+
+    name: str
+    ifindex: int
+    token: Token
+
+    def __str__(self) -> str:
+        return f"ip link delete {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptLink:
+    """Take over a link that carries our token already; changes nothing in the kernel."""
+
+    name: InterfaceName
+    ifindex: int
+
+    def __str__(self) -> str:
+        return f"# adopt {self.name} (ifindex {self.ifindex})"
+
+
+@dataclass(frozen=True, slots=True)
+class SetName:
+    """Give the link its name back."""
+
+    name: InterfaceName
+    old: str
+
+    def __str__(self) -> str:
+        return f"ip link set {self.old} name {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class SetMtu:
+    """Bytes."""
+
+    name: InterfaceName
+    mtu: int
+
+    def __str__(self) -> str:
+        return f"ip link set {self.name} mtu {self.mtu}"
+
+
+@dataclass(frozen=True, slots=True)
+class SetTxQueueLen:
+    """Packets."""
+
+    name: InterfaceName
+    txqueuelen: int
+
+    def __str__(self) -> str:
+        return f"ip link set {self.name} txqueuelen {self.txqueuelen}"
+
+
+@dataclass(frozen=True, slots=True)
+class SetMac:
+    """The hardware address of a tap."""
+
+    name: InterfaceName
+    mac: str
+
+    def __str__(self) -> str:
+        return f"ip link set {self.name} address {self.mac}"
+
+
+@dataclass(frozen=True, slots=True)
+class SetOwner:
+    """Who may open the device besides root; None leaves that one unset."""
+
+    name: InterfaceName
+    owner: int | None
+    group: int | None
+
+    def __str__(self) -> str:
+        owner = "none" if self.owner is None else self.owner
+        group = "none" if self.group is None else self.group
+        return f"# tuntap {self.name}: set user {owner} group {group}"
+
+
+@dataclass(frozen=True, slots=True)
+class AddAddress:
+    """Adding one that is there already is no error, so that it can be said twice."""
+
+    name: InterfaceName
+    address: Address
+
+    def __str__(self) -> str:
+        return f"ip address replace {self.address} dev {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveAddress:
+    """Removing one that is gone already is no error: the kernel drops secondary addresses with their primary."""
+
+    name: InterfaceName
+    address: Address
+
+    def __str__(self) -> str:
+        return f"ip address delete {self.address} dev {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class SetUp:
+    """Admin state up."""
+
+    name: InterfaceName
+
+    def __str__(self) -> str:
+        return f"ip link set {self.name} up"
+
+
+@dataclass(frozen=True, slots=True)
+class SetDown:
+    """Admin state down; the kernel then drops the link's IPv6 addresses."""
+
+    name: InterfaceName
+
+    def __str__(self) -> str:
+        return f"ip link set {self.name} down"
+
+
+@dataclass(frozen=True, slots=True)
+class StartProcessing:
+    """Open the device and hand it to a worker."""
+
+    name: InterfaceName
+    interface_id: InterfaceId
+    mode: Mode
+    multi_queue: bool
+
+    def __str__(self) -> str:
+        return f"# start processing on {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class StopProcessing:
+    """Make the worker let go of the device, and wait until it has."""
+
+    name: str
+    interface_id: InterfaceId
+
+    def __str__(self) -> str:
+        return f"# stop processing on {self.name}"
+
+
+Step = (
+    CreateLink
+    | DeleteLink
+    | AdoptLink
+    | SetName
+    | SetMtu
+    | SetTxQueueLen
+    | SetMac
+    | SetOwner
+    | AddAddress
+    | RemoveAddress
+    | SetUp
+    | SetDown
+    | StartProcessing
+    | StopProcessing
+)
