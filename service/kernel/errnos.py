@@ -1,0 +1,79 @@
+"""The one place where an errno becomes an error that says what to do."""
+
+import errno
+import os
+from pathlib import Path
+
+from service.domain.errors import ErrorCode, TunledgerError
+
+RETRY_LATER = {errno.EAGAIN, errno.EINTR, errno.ENOBUFS, errno.ENOMEM, errno.EBUSY, errno.EMFILE, errno.ENFILE}
+
+
+def name_of(number: int) -> str:
+    """`ENOBUFS` for 105; the number itself if the C library has no name for it."""
+    return errno.errorcode.get(number, str(number))
+
+
+def refused(what: str, number: int, words: str = "") -> TunledgerError:
+    """The kernel's refusal of `what` ("ip link set tun0 mtu 9000"), with its own words where it gave any."""
+    detail = words or os.strerror(number)
+    if number in {errno.EPERM, errno.EACCES}:
+        return TunledgerError(
+            ErrorCode.PERMISSION_DENIED,
+            f"{what}: permission denied: needs CAP_NET_ADMIN; run as root or grant the capability in the unit file",
+            errno_name=name_of(number),
+        )
+    if number in {errno.ENODEV, errno.ENXIO}:
+        return TunledgerError(
+            ErrorCode.DEVICE_GONE, f"{what}: the link is gone ({detail})", retry=True, errno_name=name_of(number)
+        )
+    return TunledgerError(
+        ErrorCode.KERNEL_REFUSED,
+        f"{what}: {detail} ({name_of(number)})",
+        retry=number in RETRY_LATER,
+        errno_name=name_of(number),
+    )
+
+
+def no_device_node(path: str, number: int) -> TunledgerError:
+    """Why the TUN device node could not be opened."""
+    if number in {errno.ENOENT, errno.ENODEV, errno.ENXIO, errno.ENOTDIR}:
+        return TunledgerError(
+            ErrorCode.TUN_MISSING,
+            f"{path} is missing: modprobe tun, or pass the device into the container",
+            retry=True,
+            errno_name=name_of(number),
+        )
+    if number in {errno.EPERM, errno.EACCES}:
+        return TunledgerError(
+            ErrorCode.PERMISSION_DENIED,
+            f"{path}: permission denied: needs CAP_NET_ADMIN and read and write access to the device node",
+            errno_name=name_of(number),
+        )
+    return refused(f"open {path}", number)
+
+
+def busy(name: str) -> TunledgerError:
+    """Somebody else has the device open; names them where /proc tells."""
+    return TunledgerError(
+        ErrorCode.DEVICE_BUSY,
+        f"{name} is in use by {holder(name) or 'another process'}; stop it, or wait until it lets go",
+        retry=True,
+        errno_name="EBUSY",
+    )
+
+
+def holder(name: str) -> str | None:
+    """The process that has a TUN device open, as "openvpn (pid 812)".
+
+    The driver names the device in fdinfo (tun_chr_show_fdinfo in drivers/net/tun.c). None if none is found or /proc hides it. Slow (all processes): for error messages only.
+    """
+    wanted = f"iff:\t{name}\n"
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            for entry in (process / "fdinfo").iterdir():
+                if wanted in entry.read_text():
+                    return f"{(process / 'comm').read_text().strip()} (pid {process.name})"
+        except OSError:
+            continue  # it ended, or is not ours to look at
+    return None

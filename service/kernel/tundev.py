@@ -1,0 +1,66 @@
+"""/dev/net/tun: the ioctls of tun(4), Documentation/networking/tuntap.rst and include/uapi/linux/if_tun.h.
+
+Raises plain OSError; `linux` puts it into words. Netlink does not live here.
+"""
+
+import fcntl
+import os
+import struct
+
+from service.domain.values import Mode
+
+TUN_PATH = "/dev/net/tun"
+
+TUNSETIFF = 0x400454CA  # _IOW('T', 202, int)
+TUNSETPERSIST = 0x400454CB  # _IOW('T', 203, int)
+TUNSETOWNER = 0x400454CC  # _IOW('T', 204, int)
+TUNSETGROUP = 0x400454CE  # _IOW('T', 206, int)
+TUNGETIFF = 0x800454D2  # _IOR('T', 210, unsigned int)
+
+IFF_TUN = 0x0001
+IFF_TAP = 0x0002
+IFF_NO_PI = 0x1000
+IFF_MULTI_QUEUE = 0x0100
+IFF_TUN_EXCL = 0x8000
+
+_IFREQ = struct.Struct("16sH22x")  # struct ifreq: name, flags, padding to 40 bytes
+
+
+def open_node(path: str = TUN_PATH) -> int:
+    """A descriptor on the clone device, attached to nothing yet. Non-blocking, closed on exec."""
+    return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def attach(fd: int, name: str, mode: Mode, *, multi_queue: bool, exclusive: bool) -> None:
+    """TUNSETIFF. With `exclusive` it makes a new device or fails with EBUSY, whatever kind of link has the name.
+
+    Without, it attaches to the device of that name, or makes one that is not persistent if there is none: the
+    caller has to check the ifindex afterwards.
+    """
+    flags = (IFF_TUN if mode is Mode.TUN else IFF_TAP) | IFF_NO_PI
+    if multi_queue:
+        flags |= IFF_MULTI_QUEUE
+    if exclusive:
+        flags |= IFF_TUN_EXCL
+    fcntl.ioctl(fd, TUNSETIFF, _IFREQ.pack(name.encode("ascii"), flags))
+
+
+def attached_name(fd: int) -> str:
+    """TUNGETIFF: the present name of the device behind a descriptor."""
+    name, _flags = _IFREQ.unpack(fcntl.ioctl(fd, TUNGETIFF, bytes(_IFREQ.size)))
+    return str(name.split(b"\0", 1)[0].decode("ascii", "replace"))
+
+
+def set_owner(fd: int, uid: int) -> None:
+    """TUNSETOWNER: this user may attach besides CAP_NET_ADMIN."""
+    fcntl.ioctl(fd, TUNSETOWNER, uid)
+
+
+def set_group(fd: int, gid: int) -> None:
+    """TUNSETGROUP: members of this group may attach besides CAP_NET_ADMIN."""
+    fcntl.ioctl(fd, TUNSETGROUP, gid)
+
+
+def set_persist(fd: int) -> None:
+    """TUNSETPERSIST: from here on the device outlives its descriptor."""
+    fcntl.ioctl(fd, TUNSETPERSIST, 1)
