@@ -1,0 +1,1 @@
+"""The tests, by room; `tests/run` starts them."""
