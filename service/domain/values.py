@@ -5,7 +5,6 @@ What belongs together (an address needs an MTU) is judged in `spec`; what the ho
 
 import ipaddress
 import re
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import NewType
 
@@ -37,12 +36,34 @@ class Mode(StrEnum):
     TAP = "tap"
 
 
-@dataclass(frozen=True, slots=True, order=True)
 class Address:
-    """An address with its prefix length, as in `ip address`: 10.0.0.1/24, 2001:db8::1/64."""
+    """An address with its prefix length, as in `ip address`: 10.0.0.1/24, 2001:db8::1/64. Immutable.
+
+    Not a dataclass, because msgspec would take it apart in payloads instead of writing it as one string.
+    """
+
+    __slots__ = ("ip", "prefixlen")
 
     ip: ipaddress.IPv4Address | ipaddress.IPv6Address
     prefixlen: int
+
+    def __init__(self, ip: ipaddress.IPv4Address | ipaddress.IPv6Address, prefixlen: int) -> None:
+        object.__setattr__(self, "ip", ip)
+        object.__setattr__(self, "prefixlen", prefixlen)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"Address.{name} cannot be set to {value!r}: addresses do not change")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Address):
+            return NotImplemented
+        return self.ip == other.ip and self.prefixlen == other.prefixlen
+
+    def __hash__(self) -> int:
+        return hash((self.ip, self.prefixlen))
+
+    def __repr__(self) -> str:
+        return f"Address({self})"
 
     @property
     def version(self) -> int:

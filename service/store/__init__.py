@@ -1,0 +1,1 @@
+"""The event log and the counters in SQLite. Rows and connections stay in this room; events and values leave it."""

@@ -1,0 +1,60 @@
+"""The tables as queries see them. Migrations make them (`migrations/versions`); a test holds the two together."""
+
+from sqlalchemy import Column, Integer, MetaData, Table, Text
+
+# Every schema revision this release knows, oldest first; a database at any other one is not ours to touch.
+# Kept here so that serving does not import alembic (0.2 s); a test compares it with the migration files.
+REVISIONS = ("0001",)
+
+metadata = MetaData()
+
+events = Table(
+    "events",
+    metadata,
+    Column("position", Integer, primary_key=True),
+    Column("event_id", Text, nullable=False),
+    Column("stream", Text, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("type", Text, nullable=False),
+    Column("schema_version", Integer, nullable=False),
+    Column("payload", Text, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("command_id", Text),
+    Column("node", Text, nullable=False),
+    Column("recorded_at", Text, nullable=False),
+    Column("previous_hash", Text, nullable=False),
+    Column("hash", Text, nullable=False),
+)
+
+# Which interfaces had a name, in order of declaration. Derived from the log and written with it; `verify` compares.
+interface_names = Table(
+    "interface_names",
+    metadata,
+    Column("interface_id", Text, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("position", Integer, nullable=False),
+)
+
+node = Table("node", metadata, Column("id", Text, primary_key=True), Column("created_at", Text, nullable=False))
+
+# One row for each life of a counter: a link between creation and removal, a device between attach and detach.
+# `raw` is the last value read; the lifetime total of an interface is the sum over its rows.
+counter_incarnations = Table(
+    "counter_incarnations",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("interface_id", Text, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("key", Text, nullable=False),
+    Column("opened_at", Text, nullable=False),
+    Column("sampled_at", Text, nullable=False),
+    Column("raw", Text, nullable=False),
+)
+
+counter_samples = Table(
+    "counter_samples",
+    metadata,
+    Column("interface_id", Text, primary_key=True),
+    Column("sampled_at", Text, primary_key=True),
+    Column("totals", Text, nullable=False),
+)
