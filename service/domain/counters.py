@@ -1,0 +1,101 @@
+"""Lifetime totals out of counters that start again: the sum of every life that ended, plus the present one.
+
+A counter belongs to an incarnation, named by a key: for the kernel's counters the boot and the ifindex, for a
+worker's the session in which it holds the device. A value that falls within a key is a life we did not see begin.
+Pure; where totals are kept is `service.store.counters`' business.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from service.domain.observed import LinkCounters
+from service.domain.values import InterfaceId
+
+Figures = Mapping[str, int]  # name of a counter -> packets or bytes
+
+
+class Source(StrEnum):
+    """Who counted."""
+
+    KERNEL = "kernel"
+    WORKER = "worker"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Raw values of one incarnation at one moment. `key` names the incarnation."""
+
+    interface_id: InterfaceId
+    source: Source
+    key: str
+    raw: Figures
+
+
+@dataclass(slots=True)
+class _Life:
+    closed: Counter[str] = field(default_factory=Counter)
+    key: str = ""
+    epoch: int = 0
+    raw: Figures = field(default_factory=dict)
+
+    @property
+    def full_key(self) -> str:
+        return f"{self.key}#{self.epoch}" if self.epoch else self.key
+
+
+class Book:
+    """The lifetime totals of all interfaces. Changed by `take` and `resume` only."""
+
+    def __init__(self) -> None:
+        self._lives: dict[tuple[InterfaceId, Source], _Life] = {}
+
+    def resume(self, reading: Reading) -> None:
+        """Take in an incarnation as it was stored, in order of opening; the last one may go on."""
+        key, _, epoch = reading.key.partition("#")
+        life = self._lives.setdefault((reading.interface_id, reading.source), _Life())
+        life.closed.update(life.raw)
+        life.key, life.epoch, life.raw = key, int(epoch or 0), dict(reading.raw)
+
+    def take(self, reading: Reading) -> Reading:
+        """Take a new reading; gives it back under the key it is to be stored by."""
+        life = self._lives.setdefault((reading.interface_id, reading.source), _Life(key=reading.key))
+        fell = any(reading.raw.get(name, 0) < value for name, value in life.raw.items())
+        if life.key != reading.key or fell:
+            life.closed.update(life.raw)
+            life.epoch = life.epoch + 1 if life.key == reading.key else 0
+            life.key = reading.key
+        life.raw = dict(reading.raw)
+        return Reading(reading.interface_id, reading.source, life.full_key, life.raw)
+
+    def totals(self, interface_id: InterfaceId, source: Source) -> dict[str, int]:
+        """Lifetime totals; they never go down."""
+        life = self._lives.get((interface_id, source))
+        return {} if life is None else dict(sorted((life.closed + Counter(life.raw)).items()))
+
+    def forget(self, interface_id: InterfaceId) -> None:
+        """Let go of an interface that was retired; what was stored stays stored."""
+        for source in Source:
+            self._lives.pop((interface_id, source), None)
+
+
+def kernel_reading(interface_id: InterfaceId, boot_id: str, ifindex: int, counters: LinkCounters) -> Reading:
+    """The kernel's counters of a link, keyed by its incarnation."""
+    raw = {name: getattr(counters, name) for name in LinkCounters.__slots__}
+    return Reading(interface_id, Source.KERNEL, f"{boot_id}/{ifindex}", raw)
+
+
+def worker_reading(
+    interface_id: InterfaceId,
+    session: str,
+    from_kernel: Mapping[str, tuple[int, int]],
+    to_kernel: Mapping[str, tuple[int, int]],
+) -> Reading:
+    """A worker's counters, by direction and packet class, as "from_kernel.ipv4.tcp.packets"."""
+    raw: dict[str, int] = {}
+    for direction, classes in (("from_kernel", from_kernel), ("to_kernel", to_kernel)):
+        for name, (packets, size) in classes.items():
+            raw[f"{direction}.{name}.packets"] = packets
+            raw[f"{direction}.{name}.bytes"] = size
+    return Reading(interface_id, Source.WORKER, session, raw)
