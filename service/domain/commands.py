@@ -63,11 +63,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         via: "classic" for the original API, "v1", or "cli".
         peer: address and port of the caller, "127.0.0.1:40112".
+        user: the caller's name on this host at that time, "root"; the actor has the uid.
         reason: the caller's own words on why.
     """
 
     via: str
     peer: str = ""
+    user: str = ""
     reason: str = ""
 
 

@@ -72,7 +72,9 @@ class Book:
     def totals(self, interface_id: InterfaceId, source: Source) -> dict[str, int]:
         """Lifetime totals; they never go down."""
         life = self._lives.get((interface_id, source))
-        return {} if life is None else dict(sorted((life.closed + Counter(life.raw)).items()))
+        if life is None:
+            return {}
+        return {name: life.closed[name] + life.raw.get(name, 0) for name in sorted({*life.closed, *life.raw})}
 
     def forget(self, interface_id: InterfaceId) -> None:
         """Let go of an interface that was retired; what was stored stays stored."""

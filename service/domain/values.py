@@ -228,3 +228,20 @@ def parse_description(value: object, field: str = "description") -> str:
     if not isinstance(value, str) or len(value) > DESCRIPTION_CHARS_MAX or not value.isprintable():
         raise invalid(field, value, f"is not a line of at most {DESCRIPTION_CHARS_MAX} printable characters")
     return value
+
+
+def kind_of(value: object) -> str:
+    """What JSON calls a value: "a string", "a number", "a list"."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true or false"
+        case str():
+            return "a string"
+        case int() | float():
+            return "a number"
+        case list():
+            return "a list"
+        case _:
+            return "an object"

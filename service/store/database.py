@@ -142,6 +142,16 @@ def node_id(engine: sa.Engine) -> NodeId:
     return NodeId(found)
 
 
+def newest() -> str:
+    """The schema revision of this release."""
+    return schema.REVISIONS[-1]
+
+
+def unwritable(path: Path, error: OSError) -> TunledgerError:
+    """Why a database or its folder could not be made."""
+    return TunledgerError(ErrorCode.LOG_UNAVAILABLE, f"{path}: {error.strerror}; is the folder there and writable?")
+
+
 def unreadable(path: Path, error: sa.exc.SQLAlchemyError) -> TunledgerError:
     """Why SQLite could not read the database, in its own words."""
     words = getattr(error, "orig", None) or error
@@ -164,9 +174,7 @@ class InstanceLock:
         try:
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise TunledgerError(
-                ErrorCode.LOG_UNAVAILABLE, f"{self._path}: {error.strerror}; is the folder there and writable?"
-            ) from error
+            raise unwritable(self._path, error) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

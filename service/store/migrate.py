@@ -6,9 +6,8 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from service.domain.errors import ErrorCode, TunledgerError
 from service.store import schema
-from service.store.database import open_writer, require_current, revision, unreadable
+from service.store.database import open_writer, require_current, revision, unreadable, unwritable
 
 NODE_ID_BYTES = 6  # 12 hex digits: short enough for ifalias and for people
 
@@ -38,7 +37,7 @@ def migrate(path: Path, *, now: Callable[[], str]) -> tuple[str | None, str]:
         if not path.exists():
             path.touch(mode=0o600)
     except OSError as error:
-        raise TunledgerError(ErrorCode.LOG_UNAVAILABLE, f"{path}: {error.strerror}") from error
+        raise unwritable(path, error) from error
     config = Config()
     config.set_main_option("script_location", str(scripts()).replace("%", "%%"))
     engine = open_writer(path)

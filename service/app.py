@@ -1,0 +1,302 @@
+"""The composition root: the only module that knows every room. Opens everything in order, and closes it backwards.
+
+lock -> database -> fold -> writer, applier, workers -> start-up reconciliation -> HTTP
+"""
+
+import asyncio
+import contextlib
+import datetime
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import structlog
+import uuid_utils
+import uvicorn
+
+from service import __version__, logs
+from service.api import bodies
+from service.api.application import application
+from service.api.orders import Orders
+from service.api.read import LogView
+from service.config import Config
+from service.dataplane.supervisor import Supervisor, WorkerExit
+from service.domain import events as ev
+from service.domain.counters import Book, worker_reading
+from service.domain.errors import ErrorCode, TunledgerError
+from service.domain.state import State
+from service.domain.values import InterfaceId, NodeId
+from service.kernel import peer
+from service.kernel.linux import LinuxKernel
+from service.reconcile.applier import Applier
+from service.reconcile.engine import Engine
+from service.reconcile.hands import Hands
+from service.reconcile.loop import keep_counted, keep_reconciled
+from service.store import counters as counter_store
+from service.store.database import InstanceLock, require_current
+from service.store.reader import LogReader
+from service.store.writer import LogWriter
+
+EX_SOFTWARE, EX_IOERR = 70, 74  # sysexits.h
+FORCED = 128  # plus the number of the signal, as shells count
+
+log = structlog.get_logger("tunledger")
+
+
+class SystemClock:
+    """The host's clock and fresh UUIDv7s."""
+
+    def now(self) -> str:
+        """UTC, ISO 8601 with microseconds and a Z."""
+        return _stamp(datetime.datetime.now(datetime.UTC))
+
+    def before(self, seconds: float) -> str:
+        """The UTC time this long ago, in the same form."""
+        return _stamp(datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds))
+
+    def new_id(self) -> str:
+        """A new UUIDv7."""
+        return str(uuid_utils.uuid7())
+
+
+def _stamp(moment: datetime.datetime) -> str:
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn on sockets of ours, with the signals left to us."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take no signals over."""
+        yield
+
+
+def serve(config: Config) -> int:
+    """Run the service until a signal ends it; the process's exit status.
+
+    Raises:
+        TunledgerError: why it could not start: schema_mismatch, already_serving, invalid_field, log_unavailable.
+    """
+    logs.configure(config.logging.level, config.logging.format)
+    _check_defaults(config)
+    path = config.database.path
+    if not path.parent.is_dir():
+        raise TunledgerError(ErrorCode.SCHEMA_MISMATCH, f"{path} has no log yet: run tunledger migrate")
+    listening = _listen(config.server.host, config.server.port)
+    address = "{}:{}".format(*listening.getsockname()[:2])
+    who = {"pid": os.getpid(), "since": SystemClock().now(), "what": f"tunledger serve on {address}"}
+    with listening, InstanceLock(path, who):
+        return asyncio.run(_Service(config, path, listening, address).run())
+
+
+def _check_defaults(config: Config) -> None:
+    """The configured `interface` must make a valid interface."""
+    try:
+        bodies.create({}, _defaults(config))
+    except TunledgerError as error:
+        raise TunledgerError(error.code, f"configuration: interface.{error.message}", field=error.field) from error
+
+
+def _defaults(config: Config) -> bodies.Defaults:
+    section = config.interface
+    return bodies.Defaults(section.name, section.address, section.netmask, section.mtu)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(1024)
+        listening.setblocking(False)
+    except OSError as error:
+        listening.close()
+        raise TunledgerError(
+            ErrorCode.ALREADY_SERVING,
+            f"server.port: cannot listen on {host} port {port}: {error.strerror}; "
+            "is another service there? Choose another with --port",
+        ) from error
+    return listening
+
+
+def boot_id() -> str:
+    """The kernel's id of this boot (random(4)): tells a reboot from a restart."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+class _Service:
+    """Everything that runs, and the order in which it stops."""
+
+    def __init__(self, config: Config, path: Path, listening: socket.socket, address: str) -> None:
+        self._config, self._path = config, path
+        self._listening, self._address = listening, address
+        self._clock = SystemClock()
+        self._signal: signal.Signals | None = None
+        self._broken: str | None = None
+        self._server: _Server | None = None
+
+    async def run(self) -> int:
+        """Start, serve, stop; the exit status."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        reader, node, state, book, frozen = self._open_log()
+        engine: Engine | None = None
+
+        def on_recorded(events: list[ev.Recorded]) -> None:
+            assert engine is not None
+            engine.record(events)
+
+        def on_broken(reason: str) -> None:
+            loop.call_soon_threadsafe(self._on_broken, reason)
+
+        def on_exit(death: WorkerExit) -> None:
+            last = [
+                worker_reading(InterfaceId(device), figures.session, figures.from_kernel, figures.to_kernel)
+                for device, figures in death.counters.items()
+            ]
+            if engine is not None:
+                engine.worker_exited(death.worker, death.pid, death.status, last)
+
+        def on_device_lost(device: str, reason: str) -> None:
+            log.warning("a device was lost", interface_id=device, reason=reason)
+            if engine is not None:
+                loop.call_soon_threadsafe(engine.wake.set)
+
+        writer = LogWriter(
+            self._path,
+            node,
+            now=self._clock.now,
+            on_recorded=on_recorded,
+            on_broken=on_broken,
+        )
+        supervisor = Supervisor(
+            workers=self._config.dataplane.workers,
+            on_exit=on_exit,
+            on_device_lost=on_device_lost,
+            packet_log=_packet_log if self._logs_packets else None,
+            packets_per_s=max(1, self._config.logging.packets_per_s),
+        )
+        applier = Applier()
+        kernel = LinuxKernel()
+        engine = Engine(
+            node=node,
+            state=state,
+            book=book,
+            writer=writer,
+            applier=applier,
+            hands=Hands(kernel, supervisor),
+            clock=self._clock,
+            boot_id=boot_id(),
+            frozen=frozen,
+        )
+        try:
+            if frozen is None:
+                writer.start()
+            applier.start()
+            await asyncio.to_thread(supervisor.start)
+            await self._serve(engine, reader)
+        finally:
+            await asyncio.to_thread(supervisor.close)
+            await asyncio.to_thread(applier.close)
+            kernel.close()
+            await asyncio.to_thread(writer.close)
+            reader.close()
+        return EX_IOERR if self._broken is not None else 0
+
+    def _open_log(self) -> tuple[LogReader, NodeId, State, Book, str | None]:
+        """Read and verify the log. One that cannot be trusted is served read-only, and nothing is deleted."""
+        reader = LogReader(self._path)
+        try:
+            require_current(self._path)
+            found = reader.verify()
+            if not found.problems:
+                return reader, reader.node(), found.state, counter_store.load(self._path), None
+            reasons = "; ".join(found.problems[:3])
+            log.error("the log does not verify: read-only, nothing is changed or deleted", problems=reasons)
+            return reader, NodeId("unknown"), found.state, Book(), f"the log does not verify: {reasons}"
+        except TunledgerError as error:
+            if error.code is ErrorCode.SCHEMA_MISMATCH:
+                reader.close()
+                raise
+            log.error("the log cannot be read: read-only, nothing is changed or deleted", error=error.message)
+            return reader, NodeId("unknown"), State(), Book(), error.message
+
+    async def _serve(self, engine: Engine, reader: LogReader) -> None:
+        started = ev.ServiceStarted(
+            pid=os.getpid(), version=__version__, boot_id=boot_id(), uid=os.geteuid(), address=self._address
+        )
+        log.info("starting", version=__version__, database=str(self._path), node=engine.node)
+        summary = await engine.start_up(started)
+        log.info("reconciled", interfaces=len(engine.state.interfaces), summary=str(summary))
+        orders = Orders(engine, self._clock, _defaults(self._config))
+        app = application(orders, LogView(reader), owner_of=peer.owner, own_uid=os.geteuid())
+        self._server = _Server(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=max(1, int(self._config.shutdown.timeout_s)),
+            )
+        )
+        if self._signal is not None or self._broken is not None:
+            self._server.should_exit = True
+        tasks = [
+            asyncio.create_task(keep_reconciled(engine, self._config.reconcile.interval_s)),
+            asyncio.create_task(keep_counted(engine, self._config.counters.interval_s)),
+        ]
+        log.info("ready", url=f"http://{self._address}")
+        try:
+            await self._server.serve(sockets=[self._listening])
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            reason = self._signal.name if self._signal is not None else self._broken or "unknown"
+            log.info("stopping", reason=reason)
+            if self._broken is None:
+                await self._stop(engine, reason)
+
+    async def _stop(self, engine: Engine, reason: str) -> None:
+        limit_s = self._config.shutdown.timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await engine.stop(pid=os.getpid(), reason=reason, interfaces=self._config.shutdown.interfaces)
+        except TimeoutError:
+            log.error("stopping took too long; the next start finishes what is left", timeout_s=limit_s)
+
+    @property
+    def _logs_packets(self) -> bool:
+        return self._config.logging.level == "debug" and self._config.logging.packets_per_s > 0
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._signal is not None:
+            log.warning("second signal: exiting at once, the next start cleans up", signal=number.name)
+            sys.stderr.flush()
+            os._exit(FORCED + number)
+        self._signal = number
+        if self._server is not None:
+            self._server.should_exit = True
+
+    def _on_broken(self, reason: str) -> None:
+        """The log cannot be trusted any more in this process: stop as if killed, and recover from disk."""
+        log.error("the log failed; stopping without touching the interfaces", reason=reason)
+        self._broken = reason
+        if self._server is not None:
+            self._server.should_exit = True
+
+
+def _packet_log(device: str, line: str, suppressed: int) -> None:
+    extra: dict[str, Any] = {"suppressed": suppressed} if suppressed else {}
+    log.debug("packet", dev=device, packet=line, **extra)

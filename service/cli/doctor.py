@@ -1,0 +1,163 @@
+"""What commonly goes wrong on a host, each check with how to mend it. Changes nothing."""
+
+import os
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import sqlalchemy as sa
+
+from service.cli.client import CallError, Client
+from service.config import Config
+from service.domain.errors import TunledgerError
+from service.kernel import tundev
+from service.kernel.errnos import no_device_node
+from service.kernel.linux import LinuxKernel
+from service.store import database
+from service.store.reader import LogReader
+
+CAP_NET_ADMIN = 12  # include/uapi/linux/capability.h
+SPACE_LOW_BYTES = 100 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One check: "ok", "warning" or "FAIL", what was found, and what to do about it."""
+
+    check: str
+    state: Literal["ok", "warning", "FAIL"]
+    found: str
+    mend: str = ""
+
+
+def examine(config: Config) -> list[Finding]:
+    """All checks, in the order in which a start would meet them."""
+    service = _service(config)
+    return [
+        _capability(),
+        _device_node(),
+        service,
+        *_database(config, serving=service.state == "ok" and "answers" in service.found),
+        _leftovers(config),
+    ]
+
+
+def _capability() -> Finding:
+    status = Path("/proc/self/status").read_text()
+    effective = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff"))
+    if effective >> CAP_NET_ADMIN & 1:
+        return Finding("capability", "ok", f"uid {os.geteuid()} has CAP_NET_ADMIN")
+    return Finding(
+        "capability",
+        "FAIL",
+        f"uid {os.geteuid()} lacks CAP_NET_ADMIN",
+        "run as root, or give the unit AmbientCapabilities=CAP_NET_ADMIN",
+    )
+
+
+def _device_node() -> Finding:
+    try:
+        os.close(tundev.open_node())
+    except OSError as error:
+        refusal = no_device_node(tundev.TUN_PATH, error.errno or 0)
+        return Finding("device node", "FAIL", refusal.message, "modprobe tun; in a container: --device /dev/net/tun")
+    return Finding("device node", "ok", f"{tundev.TUN_PATH} opens")
+
+
+def _service(config: Config) -> Finding:
+    host, port = config.server.host, config.server.port
+    try:
+        health = Client(f"http://{host}:{port}").get("/health", ok=(200, 503))
+        if health.get("service") == "tunledger":
+            if health["status"] == "healthy":
+                return Finding("service", "ok", f"tunledger answers on {host}:{port}")
+            return Finding("service", "FAIL", f"tunledger is unhealthy: {health.get('error')}", "see its log")
+    except CallError as error:
+        if error.reachable:
+            return Finding("service", "FAIL", f"{host}:{port}: {error}", "choose another server.port")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            mend = f"find it with: ss -ltnp 'sport = {port}'; or choose another server.port"
+            return Finding("service", "FAIL", f"{host} port {port}: {error.strerror}", mend)
+    return Finding("service", "ok", f"not running; {host} port {port} is free")
+
+
+def _database(config: Config, *, serving: bool) -> list[Finding]:
+    path = config.database.path
+    try:
+        database.require_current(path)
+    except TunledgerError as error:
+        return [Finding("database", "FAIL", error.message, "tunledger migrate")]
+    except OSError as error:
+        return [Finding("database", "FAIL", f"{path}: {error.strerror}", "run as the service's user")]
+    found = []
+    reader = LogReader(path)
+    try:
+        verification = reader.verify()
+    finally:
+        reader.close()
+    if verification.problems:
+        mend = "keep the file, restore a copy; until then the service starts read-only"
+        found.append(Finding("database", "FAIL", verification.problems[0], mend))
+    else:
+        found.append(Finding("database", "ok", f"{path}: {verification.events:,} events, chain sound"))
+    if not os.access(path, os.W_OK):
+        found.append(Finding("database", "FAIL", f"{path} is not writable", "run as the service's user"))
+    free = shutil.disk_usage(path.parent).free
+    if free < SPACE_LOW_BYTES:
+        found.append(Finding("disk", "warning", f"{free // 1024**2} MiB free at {path.parent}", "free some space"))
+    else:
+        found.append(Finding("disk", "ok", f"{free // 1024**2:,} MiB free at {path.parent}"))
+    if not serving:
+        try:
+            with database.InstanceLock(path, {}):
+                pass
+        except TunledgerError as error:
+            found.append(Finding("lock", "FAIL", error.message, "stop that one, or give each its own database.url"))
+    return found
+
+
+def _leftovers(config: Config) -> Finding:
+    """Interfaces with our mark that no log of this host declares, and so nothing will ever remove."""
+    kernel = LinuxKernel()
+    try:
+        links = [link for link in kernel.sample() if link.token is not None]
+    except TunledgerError as error:
+        return Finding("interfaces", "FAIL", error.message)
+    finally:
+        kernel.close()
+    path = config.database.path
+    declared: set[str] = set()
+    node = ""
+    try:
+        reader = LogReader(path)
+        try:
+            node = reader.node()
+            declared = set(reader.verify().state.interfaces)
+        finally:
+            reader.close()
+    except (TunledgerError, sa.exc.SQLAlchemyError, OSError):
+        node = ""
+    foreign = [link.name for link in links if link.token is not None and link.token.node != node]
+    orphans = [
+        link.name
+        for link in links
+        if link.token is not None and link.token.node == node and link.token.interface_id not in declared
+    ]
+    if orphans:
+        return Finding(
+            "interfaces",
+            "warning",
+            f"ours, but no longer declared: {', '.join(orphans)}",
+            "tunledger serve removes them",
+        )
+    if foreign:
+        mend = "; ".join(f"ip link delete {name}" for name in foreign[:3])
+        return Finding("interfaces", "warning", f"of another tunledger database: {', '.join(foreign)}", mend)
+    return Finding("interfaces", "ok", f"{len(links)} of ours, all declared")

@@ -1,0 +1,95 @@
+"""The commands that work on the database itself: migrate and verify."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from service.app import SystemClock
+from service.cli.client import CallError, Client
+from service.config import Config
+from service.domain.errors import TunledgerError
+from service.domain.spec import spec_to_json
+from service.store import database
+from service.store.migrate import migrate as run_migrations
+from service.store.reader import LogReader
+
+
+def migrate(path: Path) -> tuple[str | None, str]:
+    """Migrate with the instance lock held, so that no service is using the database meanwhile.
+
+    Raises:
+        TunledgerError: already_serving, schema_mismatch, log_unavailable, log_corrupt.
+    """
+    clock = SystemClock()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise database.unwritable(path, error) from error
+    if database.revision(path) == database.newest():
+        return database.newest(), database.newest()
+    with database.InstanceLock(path, {"pid": os.getpid(), "since": clock.now(), "what": "tunledger migrate"}):
+        return run_migrations(path, now=clock.now)
+
+
+def verify(config: Config, url: str | None) -> dict[str, Any]:
+    """Read the whole log, and compare the state it folds to with what a running service shows."""
+    path = config.database.path
+    report: dict[str, Any] = {
+        "database": str(path),
+        "events": 0,
+        "interfaces": 0,
+        "position": 0,
+        "hash": "",
+        "service": "not running",
+        "problems": [],
+    }
+    shown: dict[str, Any] | None = None
+    try:
+        shown = Client(url or f"http://{config.server.host}:{config.server.port}").get("/api/v1/state")
+    except CallError as error:
+        if error.reachable or url is not None:
+            report["problems"].append(f"the service's state could not be read: {error}")
+    try:
+        database.require_current(path)
+        reader = LogReader(path)
+    except TunledgerError as error:
+        report["problems"].append(error.message)
+        return report
+    try:
+        found = reader.verify()
+        report["problems"] += found.problems
+        report |= {
+            "events": found.events,
+            "interfaces": len(found.state.interfaces),
+            "position": found.head_position,
+            "hash": found.head_hash,
+        }
+        if shown is not None:
+            problem = _compare(reader, shown)
+            report["service"] = "the same" if problem is None else "different"
+            report["problems"] += [problem] if problem else []
+    finally:
+        reader.close()
+    return report
+
+
+def _compare(reader: LogReader, shown: dict[str, Any]) -> str | None:
+    """What a service shows must be the fold of the log up to the position that it names."""
+    folded = reader.verify(upto=shown["position"])
+    if folded.head_hash != (shown["hash"] or folded.head_hash):
+        return f"at position {shown['position']} the service has another hash: it serves another log than this file"
+    expected = {
+        i.name: {
+            "id": i.id,
+            "generation": i.generation,
+            "spec": spec_to_json(i.spec) if i.spec is not None else None,
+            "pending": i.pending.command_id if i.pending is not None else None,
+        }
+        for i in folded.state.interfaces.values()
+    }
+    if expected != shown["interfaces"]:
+        names = sorted(
+            name for name in {*expected, *shown["interfaces"]} if expected.get(name) != shown["interfaces"].get(name)
+        )
+        return f"at position {shown['position']} the service shows another state than the log for: {', '.join(names)}"
+    return None

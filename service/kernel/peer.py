@@ -1,0 +1,84 @@
+"""Asks the kernel whose a TCP connection from this host is: one exact sock_diag(7) query, no dump.
+
+Formats: include/uapi/linux/inet_diag.h, net/ipv4/inet_diag.c. Who may call with which uid is `service.api.access`'s.
+"""
+
+import errno
+import ipaddress
+import os
+import socket
+import struct
+from typing import Final
+
+from service.domain.errors import ErrorCode, TunledgerError
+
+NETLINK_SOCK_DIAG: Final = 4
+SOCK_DIAG_BY_FAMILY: Final = 20
+NLMSG_ERROR: Final = 2
+NLM_F_REQUEST: Final = 0x1
+ANY_COOKIE: Final = 0xFFFFFFFF  # INET_DIAG_NOCOOKIE
+ALL_STATES: Final = 0xFFFFFFFF
+
+_NLMSGHDR = struct.Struct("=IHHII")
+_REQUEST = struct.Struct("=BBBBI")  # family, protocol, extensions, padding, states
+_ANSWER = struct.Struct("=BBBB")  # family, state, timer, retransmits
+_TAIL = struct.Struct("=IIIII")  # expires, rqueue, wqueue, uid, inode
+_SOCKID_BYTES = 2 + 2 + 16 + 16 + 4 + 8
+_ANSWER_TIMEOUT_S = 1.0  # the kernel answers within the sending call
+
+Endpoint = tuple[str, int]
+
+
+def owner(client: Endpoint, server: Endpoint) -> int:
+    """The uid that opened the client's side of a TCP connection between two addresses of this host.
+
+    Only a socket that a process still holds counts. The kernel gives uid 0 for one in TIME-WAIT (and for a half-open
+    request), so that believing it would make root of anybody who closes fast enough; such have no inode.
+
+    Raises:
+        TunledgerError: unauthorized, if the kernel knows no such socket or nobody holds it any more.
+    """
+    ip, port = ipaddress.ip_address(client[0].partition("%")[0]), client[1]
+    peer, peer_port = ipaddress.ip_address(server[0].partition("%")[0]), server[1]
+    family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
+    body = (
+        _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, ALL_STATES)
+        + struct.pack("!HH", port, peer_port)
+        + ip.packed.ljust(16, b"\0")
+        + peer.packed.ljust(16, b"\0")
+        + struct.pack("=III", 0, ANY_COOKIE, ANY_COOKIE)
+    )
+    try:
+        answer = _ask(body)
+    except OSError as error:
+        raise _unknown(client, os.strerror(error.errno or errno.EIO)) from error
+    return read_owner(answer, client)
+
+
+def read_owner(answer: bytes, client: Endpoint) -> int:
+    """The uid in the kernel's answer. Raises TunledgerError: unauthorized."""
+    _length, kind, _flags, _sequence, _port = _NLMSGHDR.unpack_from(answer)
+    if kind == NLMSG_ERROR:
+        (code,) = struct.unpack_from("=i", answer, _NLMSGHDR.size)
+        raise _unknown(client, os.strerror(-code))
+    if kind != SOCK_DIAG_BY_FAMILY or len(answer) < _NLMSGHDR.size + _ANSWER.size + _SOCKID_BYTES + _TAIL.size:
+        raise _unknown(client, "the kernel's answer makes no sense")
+    tail = _NLMSGHDR.size + _ANSWER.size + _SOCKID_BYTES
+    _expires, _rqueue, _wqueue, uid, inode = _TAIL.unpack_from(answer, tail)
+    if inode == 0:
+        raise _unknown(client, "no process holds that end of the connection any more")
+    return int(uid)
+
+
+def _ask(body: bytes) -> bytes:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG) as diag:
+        diag.settimeout(_ANSWER_TIMEOUT_S)
+        header = _NLMSGHDR.pack(_NLMSGHDR.size + len(body), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, 1, 0)
+        diag.sendto(header + body, (0, 0))
+        return diag.recv(8192)
+
+
+def _unknown(client: Endpoint, why: str) -> TunledgerError:
+    return TunledgerError(
+        ErrorCode.UNAUTHORIZED, f"the kernel does not say who called from {client[0]} port {client[1]}: {why}"
+    )
