@@ -1,0 +1,196 @@
+"""One worker process as its parent sees it: start it, ask it, kill it, take its status.
+
+One object is one process, from exec to reaped; it is never reused. Which device is where, what a death means
+and when a replacement is due belong to the supervisor.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from service.dataplane import layout
+from service.dataplane.wire import MESSAGE_MAX_BYTES, Ping, Request, WireError, decode_reply, encode_request
+
+_ROOT: Final = Path(__file__).resolve().parents[2]
+"""Where the package `service` is: the repository, or site-packages."""
+
+_PROGRAM: Final = (
+    "import sys; sys.path.insert(0, sys.argv[1]); "
+    "from service.dataplane import worker; sys.exit(worker.main(sys.argv[2:]))"
+)
+"""Not `-m`, which would need `site` and its .pth files to find us in a checkout: 5 ms, and code of others."""
+
+
+class NotAskedError(Exception):
+    """The deadline passed before the request was handed over: the worker will never see it."""
+
+
+class NoAnswerError(Exception):
+    """The worker has the request, but the deadline passed before it answered."""
+
+
+class PeerGoneError(Exception):
+    """The worker has closed its end, or sends what no worker sends: it is dead, about to be, or beyond help."""
+
+
+class WorkerProcess:
+    """A running worker. Thread-safe; `reap` is for the supervisor's watcher alone."""
+
+    def __init__(self, index: int, *, python: str, slots: int, packets_per_s: int | None) -> None:
+        """Start a worker and return without waiting until it is up: it answers when it is.
+
+        Must be called from a thread that outlives the worker: the kernel counts that thread, not the process,
+        as the parent whose end brings PDEATHSIG (prctl(2)). `packets_per_s` is None if nobody wants packets in
+        words. Raises OSError if the process cannot be started.
+        """
+        self.index: Final = index
+        self.started: Final = time.monotonic()
+        self.free_slots: Final = list(range(slots - 1, -1, -1))
+        """Under the supervisor's lock."""
+        self.answered = False
+        """Whether it has ever answered, so is up."""
+        self._asking = threading.Lock()
+        # A pidfd's number may belong to the next worker once it is closed: it is used only under this lock.
+        self._reaping = threading.Lock()
+        self._reaped = False
+        self._sequence = 0
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            memory = layout.create(slots)
+            theirs.callback(os.close, memory)
+            self.counters: Final = layout.CounterReader(memory)
+            self._control, control = _pair(ours, theirs)
+            self.notice: Final = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            ours.callback(os.close, self.notice)
+            inherited = [control.fileno(), memory, self.notice]
+            lines_fd = -1
+            self.lines: socket.socket | None = None
+            if packets_per_s is not None:
+                self.lines, lines = _pair(ours, theirs)
+                lines_fd = lines.fileno()
+                inherited.append(lines_fd)
+            arguments = (os.getpid(), index, control.fileno(), memory, self.notice, lines_fd, packets_per_s or 0)
+            self._process = subprocess.Popen(
+                [python, "-I", "-S", "-c", _PROGRAM, str(_ROOT), *map(str, arguments)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=None,  # a traceback is for the service's own log
+                close_fds=True,
+                pass_fds=inherited,
+                start_new_session=True,
+                cwd="/",
+                # The environment may hold secrets of the service; the interpreter may need its libraries.
+                env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
+            )
+            self.pid: Final = self._process.pid
+            self.pidfd: Final = os.pidfd_open(self.pid)
+            ours.pop_all()
+
+    def ask(self, request: Callable[[int], Request], deadline: float, fd: int | None = None) -> int:
+        """Send what `request` makes of a sequence number, and `fd` with it; return the errno answered, 0 if done.
+
+        `deadline` is of time.monotonic(). Raises NotAskedError, NoAnswerError, PeerGoneError; OSError if `fd`
+        is none that can be sent.
+        """
+        if not self._asking.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise NotAskedError
+        try:
+            if self._control.fileno() < 0:
+                raise PeerGoneError
+            self._sequence += 1
+            message = encode_request(request(self._sequence))
+            self._drop_late_answers()
+            try:
+                self._control.settimeout(max(0.001, deadline - time.monotonic()))
+                socket.send_fds(self._control, [message], [] if fd is None else [fd])
+            except TimeoutError:
+                raise NotAskedError from None
+            while True:
+                try:
+                    self._control.settimeout(max(0.001, deadline - time.monotonic()))
+                    data = self._control.recv(MESSAGE_MAX_BYTES)
+                except TimeoutError:
+                    raise NoAnswerError from None
+                if not data:
+                    raise PeerGoneError
+                reply = decode_reply(data)
+                if reply.sequence == self._sequence:
+                    self.answered = True
+                    return reply.error
+        except (ConnectionError, WireError) as error:
+            raise PeerGoneError from error
+        finally:
+            self._asking.release()
+
+    def ping(self, deadline: float) -> None:
+        """Return once the worker's loop has turned. Raises as `ask`."""
+        self.ask(Ping, deadline)
+
+    def _drop_late_answers(self) -> None:
+        # What was not waited for before must not fill the worker's way of answering.
+        self._control.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while self._control.recv(MESSAGE_MAX_BYTES):
+                pass
+
+    def end_control(self) -> None:
+        """Tell the worker to exit. Never waits; requests on their way fail."""
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)
+
+    def kill(self) -> None:
+        """SIGKILL, which also ends a stopped process; nothing if it is dead already."""
+        with self._reaping, contextlib.suppress(ProcessLookupError):
+            if not self._reaped:
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def wait_dead(self, deadline: float) -> bool:
+        """Return whether the process is dead by `deadline`: then all its files are closed, even if not reaped.
+
+        Source: kernel/exit.c, do_exit: files and their task work come before exit_notify.
+        """
+        with self._reaping:
+            if self._reaped:
+                return True
+            pidfd = os.dup(self.pidfd)
+        try:
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+        finally:
+            os.close(pidfd)
+
+    def reap(self) -> str:
+        """Take a dead process's status, close what belonged to it, and return the status in words.
+
+        Call it once, when `pidfd` has become readable. The counters stay readable.
+        """
+        with self._reaping:
+            code = self._process.wait()
+            self._reaped = True
+            os.close(self.pidfd)
+        with self._asking:  # whoever asks meanwhile is told by the end of control
+            self._control.close()
+        os.close(self.notice)
+        return f"exit {code}" if code >= 0 else f"signal {_signal_name(-code)}"
+
+
+def _pair(ours: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
+    mine, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.callback(mine.close)
+    theirs.callback(other.close)
+    return mine, other
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)
