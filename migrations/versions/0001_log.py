@@ -41,6 +41,13 @@ def upgrade() -> None:
         WHEN NEW.position <> (SELECT coalesce(max(position), 0) + 1 FROM events)
         BEGIN SELECT RAISE(ABORT, 'the log is append-only: an event takes the next position'); END
     """)
+    # REPLACE fires no DELETE trigger (recursive_triggers is off by default), so that it has to be met on its way in.
+    op.execute("""
+        CREATE TRIGGER events_never_replaced BEFORE INSERT ON events
+        WHEN EXISTS (SELECT 1 FROM events WHERE event_id = NEW.event_id)
+            OR EXISTS (SELECT 1 FROM events WHERE stream = NEW.stream AND version = NEW.version)
+        BEGIN SELECT RAISE(ABORT, 'the log is append-only: events are never replaced'); END
+    """)
     op.execute("""
         CREATE TRIGGER events_never_change BEFORE UPDATE ON events
         BEGIN SELECT RAISE(ABORT, 'the log is append-only: events are never changed'); END

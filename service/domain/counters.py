@@ -39,6 +39,13 @@ class _Life:
     key: str = ""
     epoch: int = 0
     raw: Figures = field(default_factory=dict)
+    epochs: dict[str, int] = field(default_factory=dict)  # the last epoch of every key there was
+
+    def open(self, key: str, epoch: int) -> None:
+        """End the present life, and begin one under another key or epoch."""
+        self.closed.update(self.raw)
+        self.key, self.epoch = key, epoch
+        self.epochs[key] = max(epoch, self.epochs.get(key, 0))
 
     @property
     def full_key(self) -> str:
@@ -55,17 +62,19 @@ class Book:
         """Take in an incarnation as it was stored, in order of opening; the last one may go on."""
         key, _, epoch = reading.key.partition("#")
         life = self._lives.setdefault((reading.interface_id, reading.source), _Life())
-        life.closed.update(life.raw)
-        life.key, life.epoch, life.raw = key, int(epoch or 0), dict(reading.raw)
+        life.open(key, int(epoch or 0))
+        life.raw = dict(reading.raw)
 
     def take(self, reading: Reading) -> Reading:
-        """Take a new reading; gives it back under the key it is to be stored by."""
-        life = self._lives.setdefault((reading.interface_id, reading.source), _Life(key=reading.key))
+        """Take a new reading; gives it back under the key it is to be stored by.
+
+        A key that was there before, with other keys in between, is another life: the same boot and ifindex in
+        another network namespace, as after a container's restart.
+        """
+        life = self._lives.setdefault((reading.interface_id, reading.source), _Life())
         fell = any(reading.raw.get(name, 0) < value for name, value in life.raw.items())
         if life.key != reading.key or fell:
-            life.closed.update(life.raw)
-            life.epoch = life.epoch + 1 if life.key == reading.key else 0
-            life.key = reading.key
+            life.open(reading.key, life.epochs.get(reading.key, -1) + 1)
         life.raw = dict(reading.raw)
         return Reading(reading.interface_id, reading.source, life.full_key, life.raw)
 

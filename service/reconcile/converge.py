@@ -7,6 +7,7 @@ with the results is the engine's business.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from service import failpoints
 from service.domain import steps as st
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.observed import Observed, ObservedLink
@@ -156,11 +157,15 @@ def _carry_out(hands: Hands, result: Result, steps: Sequence[st.Step], sight: Si
             case st.StopProcessing():
                 flush()
                 result.steps.append(step)
+                failpoints.reach("dataplane.detach.before")
                 result.last_figures = _detach(hands, step)
+                failpoints.reach("dataplane.detach.after")
             case st.StartProcessing():
                 flush()
                 result.steps.append(step)
+                failpoints.reach("dataplane.attach.before")
                 _attach(hands, step, token)
+                failpoints.reach("dataplane.attach.after")
             case st.DeleteLink():
                 waiting.append(step)
                 flush()
@@ -186,7 +191,8 @@ def _detach(hands: Hands, step: st.StopProcessing) -> Figures | None:
 
 
 def _worker_failed(step: st.Step, error: Exception) -> TunledgerError:
-    return TunledgerError(ErrorCode.WORKER_FAILED, f"{step}: {error}", retry=True)
+    retry = bool(getattr(error, "retry", True))  # the data plane's own errors know; anything else may pass
+    return TunledgerError(ErrorCode.WORKER_FAILED, f"{step}: {error}", retry=retry)
 
 
 def _bears(link: ObservedLink | None, token: Token) -> bool:

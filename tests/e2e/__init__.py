@@ -1,0 +1,1 @@
+"""The real service process, the real kernel, real packets."""
