@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import assert_never
 
+from service import failpoints
 from service.domain import steps as st
 from service.domain.decide import name_taken
 from service.domain.errors import ErrorCode, TunledgerError
@@ -94,6 +95,7 @@ class LinuxKernel:
         """
         ifindex: int | None = None
         for step in steps:
+            failpoints.reach(f"kernel.{type(step).__name__}.before")
             with _said(str(step)):
                 if isinstance(step, st.CreateLink):
                     ifindex = self._create(step)
@@ -104,6 +106,7 @@ class LinuxKernel:
                     if ifindex is None:
                         ifindex = self._checked_index(_present_name(step), token)
                     self._change(step, ifindex)
+            failpoints.reach(f"kernel.{type(step).__name__}.after")
 
     def open_device(self, step: st.StartProcessing, token: Token) -> int:
         """A descriptor attached to our device, for the worker to read. The caller owns and closes it.
@@ -175,13 +178,16 @@ class LinuxKernel:
                 if error.errno == errno.EBUSY:
                     raise name_taken(step.name) from error
                 raise
+            failpoints.reach("kernel.create.made")
             if step.owner is not None:
                 tundev.set_owner(fd, step.owner)
             if step.group is not None:
                 tundev.set_group(fd, step.group)
             ifindex = socket.if_nametoindex(tundev.attached_name(fd))
-            self._route.change(netlink.link_message(netlink.RTM_SETLINK, ifindex, [("IFLA_IFALIAS", str(step.token))]))
+            self._route.change(netlink.alias_message(ifindex, str(step.token)))
+            failpoints.reach("kernel.create.marked")
             tundev.set_persist(fd)
+            failpoints.reach("kernel.create.persistent")
             return ifindex
         finally:
             os.close(fd)
@@ -222,7 +228,8 @@ class LinuxKernel:
                 try:
                     change(netlink.address_message(netlink.RTM_DELADDR, ifindex, step.address))
                 except NetlinkError as error:
-                    if error.errno != errno.EADDRNOTAVAIL:
+                    # ENXIO: an MTU under 1280 has taken IPv6 off the link, and the address with it.
+                    if error.errno not in {errno.EADDRNOTAVAIL, errno.ENXIO}:
                         raise
             case st.AdoptLink():
                 pass

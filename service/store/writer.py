@@ -16,16 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import sqlite
 
+from service import failpoints
 from service.domain import events as ev
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.values import NodeId
 from service.store import codec, schema
-from service.store.database import open_writer
+from service.store.database import UNREADABLE, open_writer
 
 QUEUE_MAX = 1024  # requests waiting; more are refused as overloaded
 BATCH_MAX = 256  # requests in one transaction; bounds how long the first of them waits
 VERSIONS_KEPT = 8192  # streams whose version is remembered; others are asked for
+
+# Compiled once from the tables: building and looking up a statement costs Core three times what SQLite needs for it.
+_DIALECT = sqlite.dialect()
+_INSERT_EVENT = str(schema.events.insert().compile(dialect=_DIALECT))
+_LAST_VERSION = str(
+    sa.select(sa.func.max(schema.events.c.version))
+    .where(schema.events.c.stream == sa.bindparam("stream"))
+    .compile(dialect=_DIALECT)
+)
 
 Job = Callable[[sa.Connection], None]
 
@@ -33,6 +44,7 @@ Job = Callable[[sa.Connection], None]
 @dataclass(slots=True)
 class _Append:
     drafts: Sequence[ev.Draft]
+    encoded: Sequence[tuple[str, int, str]]
     done: "Future[list[ev.Recorded]]" = field(default_factory=Future)
 
 
@@ -90,7 +102,7 @@ class LogWriter:
                 sa.select(schema.events.c.position, schema.events.c.hash).order_by(schema.events.c.position.desc())
             ).first()
             self._connection.rollback()
-        except sa.exc.DatabaseError as error:
+        except UNREADABLE as error:
             if self._connection is not None:
                 self._connection.close()
             raise self._refusal(error) from error
@@ -102,9 +114,9 @@ class LogWriter:
         """Queue events that belong together; the future tells when they are durable, all of them or none.
 
         The future raises TunledgerError: version_conflict, log_full, log_unavailable. Raised at once: overloaded,
-        shutting_down, log_unavailable.
+        shutting_down, log_unavailable; and internal, for what has no place in the log: it must not fail its batch.
         """
-        request = _Append(drafts)
+        request = _Append(drafts, [self._encoded(draft) for draft in drafts])
         self._submit(request)
         return request.done
 
@@ -166,7 +178,7 @@ class LogWriter:
         before = (self._position, self._head)
         accepted: list[tuple[_Append, list[ev.Recorded]]] = []
         jobs: list[_Run] = []
-        rows: list[dict[str, Any]] = []
+        rows: list[tuple[Any, ...]] = []
         try:
             with self._connection.begin():
                 for request in batch:
@@ -178,15 +190,18 @@ class LogWriter:
                     if conflict is not None:
                         request.done.set_exception(conflict)
                         continue
-                    accepted.append((request, [self._place(draft, rows) for draft in request.drafts]))
+                    placed = zip(request.drafts, request.encoded, strict=True)
+                    accepted.append((request, [self._place(draft, encoded, rows) for draft, encoded in placed]))
                 if rows:
-                    self._connection.execute(schema.events.insert(), rows)
+                    self._connection.exec_driver_sql(_INSERT_EVENT, rows)
                     self._index_names(accepted)
+                failpoints.reach("store.commit.before")
         except Exception as error:  # noqa: BLE001  # every waiting caller must hear of it, whatever it was
             self._position, self._head = before
             self._versions.clear()
             self._fail(batch, error)
             return
+        failpoints.reach("store.commit.after")
         self._trouble = None
         flat = [event for _request, events in accepted for event in events]
         if flat:
@@ -196,13 +211,19 @@ class LogWriter:
         for job in jobs:
             job.done.set_result(None)
 
-    def _place(self, draft: ev.Draft, rows: list[dict[str, Any]]) -> ev.Recorded:
-        kind, schema_version, payload = codec.encode(draft.body)
-        position, version = self._position + 1, self._version(draft.stream) + 1
-        recorded_at = self._now()
+    def _encoded(self, draft: ev.Draft) -> tuple[str, int, str]:
         for text in (draft.event_id, draft.stream, draft.actor, draft.command_id or "", self._node):
             if "\n" in text:
                 raise TunledgerError(ErrorCode.INTERNAL, f"a line break in {text!r} would blur the hash chain")
+        try:
+            return codec.encode(draft.body)
+        except UnicodeEncodeError as error:
+            raise TunledgerError(ErrorCode.INTERNAL, f"{draft.stream}: text that is not Unicode: {error}") from error
+
+    def _place(self, draft: ev.Draft, encoded: tuple[str, int, str], rows: list[tuple[Any, ...]]) -> ev.Recorded:
+        kind, schema_version, payload = encoded
+        position, version = self._position + 1, self._version(draft.stream) + 1
+        recorded_at = self._now()
         digest = codec.chain_hash(
             self._head,
             position,
@@ -217,22 +238,23 @@ class LogWriter:
             recorded_at,
             payload,
         )
+        # In the order of the table's columns.
         rows.append(
-            {
-                "position": position,
-                "event_id": draft.event_id,
-                "stream": draft.stream,
-                "version": version,
-                "type": kind,
-                "schema_version": schema_version,
-                "payload": payload,
-                "actor": draft.actor,
-                "command_id": draft.command_id,
-                "node": self._node,
-                "recorded_at": recorded_at,
-                "previous_hash": self._head,
-                "hash": digest,
-            }
+            (
+                position,
+                draft.event_id,
+                draft.stream,
+                version,
+                kind,
+                schema_version,
+                payload,
+                draft.actor,
+                draft.command_id,
+                self._node,
+                recorded_at,
+                self._head,
+                digest,
+            )
         )
         self._position, self._head = position, digest
         self._remember(draft.stream, version)
@@ -263,8 +285,7 @@ class LogWriter:
         known = self._versions.get(stream)
         if known is None:
             assert self._connection is not None
-            query = sa.select(sa.func.max(schema.events.c.version)).where(schema.events.c.stream == stream)
-            known = self._connection.execute(query).scalar() or 0
+            known = self._connection.exec_driver_sql(_LAST_VERSION, (stream,)).scalar() or 0
             self._remember(stream, known)
         return known
 

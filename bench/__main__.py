@@ -1,0 +1,18 @@
+"""`python -m bench [NAME ...]`: all benchmarks, or those named."""
+
+import sys
+
+from bench import control
+
+ALL = {"control": control.run}
+
+
+def main() -> None:
+    """Run the chosen ones, telling which is under way."""
+    for name in sys.argv[1:] or ALL:
+        print(f"# {name}", flush=True)
+        ALL[name]()
+
+
+if __name__ == "__main__":
+    main()
