@@ -23,6 +23,7 @@ from service.api import bodies
 from service.api.application import application
 from service.api.orders import Orders
 from service.api.read import LogView
+from service.api.render import render
 from service.config import Config
 from service.dataplane.supervisor import Supervisor, WorkerExit
 from service.domain import events as ev
@@ -37,6 +38,7 @@ from service.reconcile.engine import Engine
 from service.reconcile.hands import Hands
 from service.reconcile.loop import keep_counted, keep_reconciled
 from service.store import counters as counter_store
+from service.store.answers import Answers
 from service.store.database import InstanceLock, require_current
 from service.store.reader import LogReader
 from service.store.writer import LogWriter
@@ -57,6 +59,11 @@ class SystemClock:
     def before(self, seconds: float) -> str:
         """The UTC time this long ago, in the same form."""
         return _stamp(datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds))
+
+    def seconds_until(self, stamp: str) -> float:
+        """How long until a UTC time in that form; negative if it is past."""
+        moment = datetime.datetime.fromisoformat(stamp)
+        return (moment - datetime.datetime.now(datetime.UTC)).total_seconds()
 
     def new_id(self) -> str:
         """A new UUIDv7."""
@@ -149,6 +156,7 @@ class _Service:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
             loop.add_signal_handler(number, self._on_signal, number)
         reader, node, state, book, frozen = self._open_log()
+        answers = Answers(self._path)
         engine: Engine | None = None
 
         def on_recorded(events: list[ev.Recorded]) -> None:
@@ -196,6 +204,8 @@ class _Service:
             hands=Hands(kernel, supervisor),
             clock=self._clock,
             boot_id=boot_id(),
+            render=render,
+            recall=answers.find,
             frozen=frozen,
         )
         try:
@@ -210,6 +220,7 @@ class _Service:
             kernel.close()
             await asyncio.to_thread(writer.close)
             reader.close()
+            answers.close()
         return EX_IOERR if self._broken is not None else 0
 
     def _open_log(self) -> tuple[LogReader, NodeId, State, Book, str | None]:

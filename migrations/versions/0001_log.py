@@ -66,6 +66,21 @@ def upgrade() -> None:
     op.execute("CREATE INDEX interface_names_by_name ON interface_names (name, position)")
     op.execute("CREATE TABLE node (id TEXT PRIMARY KEY, created_at TEXT NOT NULL) STRICT")
     op.execute("""
+        CREATE TABLE answers (
+            actor TEXT NOT NULL,
+            key TEXT NOT NULL,
+            fingerprint TEXT NOT NULL,
+            command_id TEXT NOT NULL,
+            recorded_at TEXT NOT NULL,
+            status INTEGER,
+            body TEXT,
+            headers TEXT,
+            media_type TEXT,
+            PRIMARY KEY (actor, key)
+        ) STRICT, WITHOUT ROWID
+    """)
+    op.execute("CREATE INDEX answers_by_age ON answers (recorded_at)")
+    op.execute("""
         CREATE TABLE counter_incarnations (
             id INTEGER PRIMARY KEY,
             interface_id TEXT NOT NULL,

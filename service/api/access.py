@@ -81,16 +81,16 @@ class Gate:
         await self._app(scope, receive, send)
 
     def _identify(self, scope: Scope) -> Caller:
-        headers = {key: value.decode("latin-1") for key, value in scope["headers"]}
-        host = headers.get(b"host", "")
-        if not loopback_host(host):
+        hosts = _header(scope, b"host")
+        host = ", ".join(hosts)
+        if len(hosts) != 1 or not loopback_host(host):  # two: which one counts is not the sender's to choose
             raise TunledgerError(
                 ErrorCode.FORBIDDEN_HOST,
                 f"Host: {host or 'missing'} is not a loopback name; use 127.0.0.1 or localhost",
             )
-        origin = headers.get(b"origin")
-        if origin is not None and not loopback_origin(origin):
-            raise TunledgerError(ErrorCode.FORBIDDEN_HOST, f"Origin: {origin} is not a page of this host")
+        for origin in _header(scope, b"origin"):
+            if not loopback_origin(origin):
+                raise TunledgerError(ErrorCode.FORBIDDEN_HOST, f"Origin: {origin} is not a page of this host")
         client, server = scope.get("client"), scope.get("server")
         if client is None or server is None or server[1] is None:
             raise TunledgerError(ErrorCode.UNAUTHORIZED, "the connection has no addresses to ask the kernel about")
@@ -104,6 +104,10 @@ class Gate:
 def caller(request: Request[Any, Any, Any]) -> Caller:
     """Who sent this request, as the gate found out."""
     return cast("Caller", request.scope["state"]["caller"])
+
+
+def _header(scope: Scope, name: bytes) -> list[str]:
+    return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
 
 
 def _user(uid: int) -> str:

@@ -11,6 +11,7 @@ from litestar.types import ASGIApp
 from service import __version__
 from service.api.access import Gate, OwnerOf
 from service.api.classic import InterfaceController
+from service.api.interfaces import CommandsController, InterfacesController
 from service.api.orders import Orders
 from service.api.problems import BODY_MAX_BYTES, answer, from_anything, from_domain, from_http
 from service.api.read import LogView
@@ -41,7 +42,7 @@ async def health(orders: Orders) -> Response[bytes]:
 def application(orders: Orders, view: LogView, *, owner_of: OwnerOf, own_uid: int) -> ASGIApp:
     """The whole API behind its gate."""
     app = Litestar(
-        route_handlers=[health, InterfaceController, V1Controller],
+        route_handlers=[health, InterfaceController, InterfacesController, CommandsController, V1Controller],
         dependencies={
             "orders": Provide(lambda: orders, sync_to_thread=False),
             "view": Provide(lambda: view, sync_to_thread=False),

@@ -9,7 +9,6 @@ from typing import Any
 from litestar import Controller, Request, Response, delete, get, post
 
 from service.api import bodies
-from service.api.access import caller
 from service.api.orders import Orders
 from service.api.problems import answer
 from service.domain import commands as cmd
@@ -30,13 +29,12 @@ class InterfaceController(Controller):
     @post("/create", status_code=200)
     async def create(self, request: Request[Any, Any, Any], orders: Orders, body: bytes) -> Response[bytes]:
         """Make an interface; fields that are not given come from the configuration."""
-        order = orders.begin("DeclareInterface", "classic", caller(request))
-        with order.recorded("") as named:
+        order = orders.begin(request, "DeclareInterface", "classic", "create", body)
+        with order.recorded() as named:
             document = bodies.document(body)
-            named.name = str(document.get("name", orders.defaults.name))[:64]
+            named.name = bodies.recordable(document.get("name", orders.defaults.name))
             command = bodies.create(document, orders.defaults)
-        done = await order.submit(command)
-        return _success(f"Interface {command.spec.name} created successfully", done.command_id)
+        return await order.carry_out(command)
 
     @get("/status")
     async def status(self, orders: Orders) -> Response[bytes]:
@@ -51,41 +49,37 @@ class InterfaceController(Controller):
     @post("/start", status_code=200)
     async def start(self, request: Request[Any, Any, Any], orders: Orders, body: bytes) -> Response[bytes]:
         """Start packet processing."""
-        order = orders.begin("EnableProcessing", "classic", caller(request))
-        with order.recorded("") as named:
+        order = orders.begin(request, "EnableProcessing", "classic", "start", body)
+        with order.recorded() as named:
             named.name = name = _the_interface(orders).name
             bodies.nothing(bodies.document(body))
-        done = await order.submit(cmd.EnableProcessing(name))
-        return _success(f"Packet processing on {name} started successfully", done.command_id)
+        return await order.carry_out(cmd.EnableProcessing(name))
 
     @post("/stop", status_code=200)
     async def stop(self, request: Request[Any, Any, Any], orders: Orders, body: bytes) -> Response[bytes]:
         """Stop packet processing; answered when the worker has let go of the device."""
-        order = orders.begin("DisableProcessing", "classic", caller(request))
-        with order.recorded("") as named:
+        order = orders.begin(request, "DisableProcessing", "classic", "stop", body)
+        with order.recorded() as named:
             named.name = name = _the_interface(orders).name
             bodies.nothing(bodies.document(body))
-        done = await order.submit(cmd.DisableProcessing(name))
-        return _success(f"Packet processing on {name} stopped successfully", done.command_id)
+        return await order.carry_out(cmd.DisableProcessing(name))
 
     @post("/configure", status_code=200)
     async def configure(self, request: Request[Any, Any, Any], orders: Orders, body: bytes) -> Response[bytes]:
         """Change address, netmask or MTU in place."""
-        order = orders.begin("ConfigureInterface", "classic", caller(request))
-        with order.recorded("") as named:
+        order = orders.begin(request, "ConfigureInterface", "classic", "configure", body)
+        with order.recorded() as named:
             named.name = name = _the_interface(orders).name
             command = bodies.configure(bodies.document(body), name)
-        done = await order.submit(command)
-        return _success(f"Interface {name} configured successfully", done.command_id)
+        return await order.carry_out(command)
 
     @delete("/delete", status_code=200)
     async def delete(self, request: Request[Any, Any, Any], orders: Orders) -> Response[bytes]:
         """Stop processing and remove the interface."""
-        order = orders.begin("RetireInterface", "classic", caller(request))
-        with order.recorded("") as named:
+        order = orders.begin(request, "RetireInterface", "classic", "delete")
+        with order.recorded() as named:
             named.name = name = _the_interface(orders).name
-        done = await order.submit(cmd.RetireInterface(name))
-        return _success(f"Interface {name} deleted successfully", done.command_id)
+        return await order.carry_out(cmd.RetireInterface(name))
 
 
 def _the_interface(orders: Orders) -> Interface:
@@ -93,10 +87,6 @@ def _the_interface(orders: Orders) -> Interface:
     if interface is None:
         raise TunledgerError(ErrorCode.NO_INTERFACE, "no interface has been created; create one first")
     return interface
-
-
-def _success(message: str, command_id: str) -> Response[bytes]:
-    return answer({"status": "success", "message": message}, headers={"Tunledger-Command-Id": command_id})
 
 
 def _status(interface: Interface, link: ObservedLink | None, *, attached: bool, trouble: str | None) -> dict[str, Any]:

@@ -1,26 +1,46 @@
-"""From a request to a command under way: gives it an id, remembers who sent it, and records a refusal of it.
+"""From a request to a command under way: an id, who sent it, its headers, and a record of its refusal.
 
-Shared by all APIs, so that a command is the same thing whichever way it came.
+Shared by both APIs, so that a command is the same thing whichever way it came. What the headers mean:
+
+    Idempotency-Key    the same key and request get the same answer, and have one effect
+    If-Match           only if the interface still is what the caller read; If-None-Match: * only if there is none
+    Prefer             respond-async: answer 202 as soon as the command is in the log
+    Tunledger-Reason   kept in the log and shown in history
 """
 
 import asyncio
+import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from service.api.access import Caller
+from litestar import Request, Response
+
+from service import failpoints
+from service.api import render
+from service.api.access import caller
 from service.api.bodies import Defaults
+from service.api.problems import answer
+from service.api.resources import preview_json
 from service.domain import commands as cmd
-from service.domain.errors import TunledgerError
+from service.domain.errors import ErrorCode, TunledgerError, invalid
 from service.domain.values import CommandId
-from service.reconcile.engine import Answer, Clock, Engine
+from service.reconcile.engine import Clock, Engine
+
+PARAMETERS = ("dry_run", "allow_overlap", "recreate", "confirm_within_s")
+REASON_CHARS_MAX = 256
+CONFIRM_S_MAX = 24 * 3600
+_KEY = re.compile(r"[!-~]{1,255}")
+_ETAG = re.compile(r'(?:W/)?"[!#-~]*"|\*')
 
 
 @dataclass(slots=True)
 class Named:
     """The interface a request is about, as far as it is known when it is refused."""
 
-    name: str
+    name: str = ""
 
 
 class Orders:
@@ -28,17 +48,27 @@ class Orders:
 
     def __init__(self, engine: Engine, clock: Clock, defaults: Defaults) -> None:
         self.engine, self.defaults = engine, defaults
-        self._clock = clock
+        self.clock = clock
         self._recording: set[asyncio.Task[None]] = set()
 
-    def begin(self, kind: str, via: str, who: Caller) -> "Order":
-        """A new command of this kind, not yet parsed."""
-        request = cmd.Request(via=via, peer=who.peer, user=who.user)
-        return Order(self, kind, CommandId(self._clock.new_id()), who.actor, request)
+    def begin(self, request: Request[Any, Any, Any], kind: str, via: str, call: str, body: bytes = b"") -> "Order":
+        """A new command of this kind, not yet parsed. `call` names its answer (`service.api.render`)."""
+        order = Order(self, request, kind, via, call, body, CommandId(self.clock.new_id()))
+        if via != "classic":
+            with order.recorded():
+                for name in request.query_params:
+                    if name not in PARAMETERS:  # "dryrun=true" must not do it for real
+                        known = ", ".join(PARAMETERS)
+                        raise TunledgerError(
+                            ErrorCode.INVALID_FIELD, f"{name}: unknown parameter; known here: {known}", field=name
+                        )
+        return order
 
     def record(self, order: "Order", name: str, refusal: TunledgerError) -> None:
         """Have a refusal recorded; the client need not wait for the disk to hear of it."""
-        work = self.engine.reject(refusal, name, order.kind, order.actor, order.command_id, order.request)
+        who = caller(order.request)
+        request = cmd.Request(via=order.via, call=order.call, peer=who.peer, user=who.user)
+        work = self.engine.reject(refusal, name, order.kind, who.actor, order.command_id, request)
         task = asyncio.get_running_loop().create_task(work)
         self._recording.add(task)
         task.add_done_callback(self._recording.discard)
@@ -49,21 +79,122 @@ class Order:
     """One command on its way in."""
 
     orders: Orders
+    request: Request[Any, Any, Any]
     kind: str
+    via: str
+    call: str
+    body: bytes
     command_id: CommandId
-    actor: str
-    request: cmd.Request
 
     @contextmanager
-    def recorded(self, name: str) -> Iterator[Named]:
+    def recorded(self) -> Iterator[Named]:
         """Record what is refused inside: a body that does not parse, an interface that is not there."""
-        named = Named(name)
+        named = Named()
         try:
             yield named
         except TunledgerError as refusal:
-            self.orders.record(self, named.name, refusal)
+            if not self._flag("dry_run", quiet=True):
+                self.orders.record(self, named.name, refusal)
             raise
 
-    async def submit(self, command: cmd.Command) -> Answer:
-        """Carry the command out. Raises TunledgerError."""
-        return await self.orders.engine.submit(cmd.Submission(command, self.command_id, self.actor, self.request))
+    def flag(self, name: str) -> bool:
+        """A query parameter that is true or false; false if it is not there. Raises TunledgerError: invalid_field."""
+        return self._flag(name, quiet=False)
+
+    async def carry_out(self, *commands: cmd.Command) -> Response[bytes]:
+        """Carry the commands out, or preview them (`dry_run`). Raises TunledgerError: why not."""
+        engine = self.orders.engine
+        with self.recorded() as named:
+            named.name = cmd.target(commands[0]) if len(commands) == 1 else ""
+            submission, wait = self._submission(commands)
+        if self.via != "classic" and self.flag("dry_run"):
+            return answer(preview_json(await engine.preview(submission)))
+        done = await engine.submit(submission, wait=wait)
+        failpoints.reach("api.answer.before")
+        if done.reply is not None:
+            return render.response(done.reply)
+        if not done.finished:
+            return render.response(render.accepted(self.command_id))
+        return render.response(render.render(submission.request, self.command_id, done.finished, None))
+
+    async def confirm(self, command_id: str) -> Response[bytes]:
+        """Make an unconfirmed change stay. Raises TunledgerError: not_awaiting."""
+        submission, _ = self._submission(())
+        await self.orders.engine.confirm(CommandId(command_id), submission.actor, submission.request, self.command_id)
+        headers = {render.COMMAND_ID: self.command_id}
+        return answer({"command_id": self.command_id, "confirms": command_id, "confirmed": True}, headers=headers)
+
+    def _submission(self, commands: tuple[cmd.Command, ...]) -> tuple[cmd.Submission, bool]:
+        who = caller(self.request)
+        headers = self.request.headers
+        key = headers.get("idempotency-key", "")
+        if "idempotency-key" in headers and not _KEY.fullmatch(key):
+            raise invalid("Idempotency-Key", key, "is not a key: 1 to 255 printable ASCII characters without blanks")
+        classic = self.via == "classic"
+        wait = classic or "respond-async" not in headers.get("prefer", "").lower()
+        request = cmd.Request(
+            via=self.via,
+            call=self.call if wait else render.ASYNC + self.call,
+            peer=who.peer,
+            user=who.user,
+            reason=_reason(headers.get("tunledger-reason", "")),
+            key=key,
+            fingerprint=self._fingerprint() if key else "",
+            confirm_by="" if classic else self._confirm_by(),
+        )
+        return (
+            cmd.Submission(
+                commands,
+                self.command_id,
+                who.actor,
+                request,
+                if_match=None if classic else _etags(headers.get("if-match")),
+                if_none_match=not classic and headers.get("if-none-match", "").strip() == "*",
+            ),
+            wait,
+        )
+
+    def _fingerprint(self) -> str:
+        url = f"{self.request.method} {self.request.scope['path']}?"
+        query = bytes(self.request.scope["query_string"])
+        return hashlib.sha256(url.encode() + query + b"\n" + self.body).hexdigest()
+
+    def _confirm_by(self) -> str:
+        text = self.request.query_params.get("confirm_within_s")
+        if text is None:
+            return ""
+        if not re.fullmatch(r"[0-9]{1,6}", text) or not 1 <= int(text) <= CONFIRM_S_MAX:
+            raise invalid("confirm_within_s", text, f"is not a number of seconds from 1 to {CONFIRM_S_MAX}")
+        return self.orders.clock.before(-float(text))
+
+    def _flag(self, name: str, *, quiet: bool) -> bool:
+        text = self.request.query_params.get(name)
+        if text in {None, "false", "0"}:
+            return False
+        if text not in {"true", "1", ""} and not quiet:
+            raise invalid(name, text, 'is not "true" or "false"')
+        return True
+
+
+def _reason(header: str) -> str:
+    """The words of Tunledger-Reason; HTTP hands headers over as Latin-1, people write UTF-8."""
+    try:
+        text = header.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        text = header
+    if len(text) > REASON_CHARS_MAX or not text.isprintable():
+        raise TunledgerError(
+            ErrorCode.INVALID_FIELD,
+            f"Tunledger-Reason: expected a line of at most {REASON_CHARS_MAX} printable characters",
+            field="Tunledger-Reason",
+        )
+    return text
+
+
+def _etags(header: str | None) -> tuple[str, ...] | None:
+    if header is None:
+        return None
+    found = tuple(match.removeprefix("W/") for match in _ETAG.findall(header))
+    if not found:
+        raise invalid("If-Match", header, 'is not a list of ETags such as "0192f0c0-....3"')
+    return found

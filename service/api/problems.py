@@ -26,6 +26,11 @@ STATUS: Final[Mapping[ErrorCode, HTTPStatus]] = {
     ErrorCode.NOT_RUNNING: HTTPStatus.CONFLICT,
     ErrorCode.VERSION_CONFLICT: HTTPStatus.CONFLICT,
     ErrorCode.DEVICE_BUSY: HTTPStatus.CONFLICT,
+    ErrorCode.NEEDS_RECREATE: HTTPStatus.CONFLICT,
+    ErrorCode.AWAITING_CONFIRMATION: HTTPStatus.CONFLICT,
+    ErrorCode.NOT_AWAITING: HTTPStatus.CONFLICT,
+    ErrorCode.PRECONDITION_FAILED: HTTPStatus.PRECONDITION_FAILED,
+    ErrorCode.KEY_REUSED: HTTPStatus.UNPROCESSABLE_ENTITY,
     ErrorCode.BODY_TOO_LARGE: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     ErrorCode.PERMISSION_DENIED: HTTPStatus.INTERNAL_SERVER_ERROR,
     ErrorCode.KERNEL_REFUSED: HTTPStatus.INTERNAL_SERVER_ERROR,
@@ -68,9 +73,50 @@ def refusal(error: TunledgerError, headers: Mapping[str, str] | None = None) -> 
     return answer({"error": error.message}, status, extra)
 
 
-def from_domain(_request: Request[Any, Any, Any], error: TunledgerError) -> Response[bytes]:
+def problem(error: TunledgerError, headers: Mapping[str, str] | None = None) -> Response[bytes]:
+    """An error as problem details (RFC 9457), the form of /api/v1."""
+    status = status_v1(error.code)
+    extra = dict(headers or {})
+    if error.retry and status is HTTPStatus.SERVICE_UNAVAILABLE:
+        extra["Retry-After"] = str(RETRY_AFTER_S)
+    return Response(
+        msgspec.json.encode(problem_json(error)), status_code=status, media_type=PROBLEM_TYPE, headers=extra
+    )
+
+
+def problem_json(error: TunledgerError) -> dict[str, Any]:
+    """The members of problem details: the stable `code`, the JSON pointer of the field, the errno's name."""
+    status = status_v1(error.code)
+    found: dict[str, Any] = {
+        "type": f"urn:tunledger:error:{error.code.value}",
+        "title": error.code.value.replace("_", " "),
+        "status": int(status),
+        "detail": error.message,
+        "code": error.code.value,
+        "retry": error.retry,
+    }
+    if error.field is not None:
+        found["pointer"] = "/" + error.field.replace("~", "~0").replace("/", "~1").replace(".", "/")
+    if error.errno_name is not None:
+        found["errno"] = error.errno_name
+    return found
+
+
+def status_v1(code: ErrorCode) -> HTTPStatus:
+    """The status of an error in /api/v1: as in the original API, but that what is not there is 404."""
+    return HTTPStatus.NOT_FOUND if code is ErrorCode.NO_INTERFACE else STATUS[code]
+
+
+PROBLEM_TYPE = "application/problem+json"
+
+
+def _is_v1(request: Request[Any, Any, Any]) -> bool:
+    return str(request.scope["path"]).startswith("/api/v1/")
+
+
+def from_domain(request: Request[Any, Any, Any], error: TunledgerError) -> Response[bytes]:
     """litestar's hook for our own errors."""
-    return refusal(error)
+    return problem(error) if _is_v1(request) else refusal(error)
 
 
 def from_http(request: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
@@ -84,13 +130,28 @@ def from_http(request: Request[Any, Any, Any], error: HTTPException) -> Response
             text = f"body: over {BODY_MAX_BYTES} bytes"
         case _:
             text = error.detail or HTTPStatus(error.status_code).phrase
-    return answer({"error": text}, error.status_code, error.headers)
+    if not _is_v1(request):
+        return answer({"error": text}, error.status_code, error.headers)
+    code = _CODES.get(HTTPStatus(error.status_code), ErrorCode.INVALID_FIELD)
+    members = problem_json(TunledgerError(code, text)) | {"status": error.status_code}
+    headers = dict(error.headers or {})
+    return Response(
+        msgspec.json.encode(members), status_code=error.status_code, media_type=PROBLEM_TYPE, headers=headers
+    )
+
+
+_CODES: Final[Mapping[HTTPStatus, ErrorCode]] = {
+    HTTPStatus.NOT_FOUND: ErrorCode.NOT_FOUND,
+    HTTPStatus.METHOD_NOT_ALLOWED: ErrorCode.METHOD_NOT_ALLOWED,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: ErrorCode.BODY_TOO_LARGE,
+    HTTPStatus.INTERNAL_SERVER_ERROR: ErrorCode.INTERNAL,
+}
 
 
 def from_anything(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     """A mistake of ours: told in the log with its trace, to the client without."""
     log.exception("unexpected error", path=request.scope["path"], exc_info=error)
-    return answer({"error": "internal error; the service's log has the details"}, HTTPStatus.INTERNAL_SERVER_ERROR)
+    return from_domain(request, TunledgerError(ErrorCode.INTERNAL, "internal error; the service's log has the details"))
 
 
 BODY_MAX_BYTES = 64 * 1024

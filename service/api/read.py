@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from service.api.resources import command_json, intent_changes, outcome_json
 from service.domain import events as ev
+from service.domain.errors import ErrorCode, TunledgerError
 from service.store.reader import LogReader
 
 
@@ -13,21 +15,45 @@ class LogView:
     def __init__(self, reader: LogReader) -> None:
         self._reader = reader
 
-    def history(self, name: str | None, limit: int) -> list[dict[str, Any]]:
-        """The latest entries, newest first. An outcome whose intent is older than the page has it looked up."""
-        recorded = self._reader.history(name, limit=limit * 2)  # an entry is at most two events
-        intents = {e.command_id for e in recorded if isinstance(e.body, ev.Intent)}
+    def history(
+        self, name: str | None, limit: int, *, interface_id: str | None = None, before: int | None = None
+    ) -> tuple[list[dict[str, Any]], int | None]:
+        """The latest entries before a position, newest first, and the position to go on from.
+
+        An outcome whose intent is older than the page has it looked up.
+        """
+        # An entry is at most two events.
+        recorded = self._reader.history(name, limit=limit * 2, interface_id=interface_id, before=before)
+        whole = len(recorded) < limit * 2
+        intents = {(e.command_id, e.stream) for e in recorded if isinstance(e.body, ev.Intent)}
         for event in list(recorded):
-            if isinstance(event.body, ev.Outcome) and event.command_id not in intents and event.command_id:
-                recorded += [e for e in self._reader.command(event.command_id) if isinstance(e.body, ev.Intent)]
-        return entries(recorded)[:limit]
+            if isinstance(event.body, ev.Outcome) and (event.command_id, event.stream) not in intents:
+                recorded += [
+                    e
+                    for e in self._reader.command(event.command_id or "")
+                    if isinstance(e.body, ev.Intent) and e.stream == event.stream
+                ]
+        found = entries(recorded)
+        if before is not None:
+            found = [entry for entry in found if entry["position"] < before]
+        following = (
+            found[limit - 1]["position"] if len(found) >= limit and not (whole and len(found) == limit) else None
+        )
+        return found[:limit], following
+
+    def command(self, command_id: str) -> dict[str, Any]:
+        """What became of a command. Raises TunledgerError: not_found."""
+        recorded = self._reader.command(command_id)
+        if not recorded:
+            raise TunledgerError(ErrorCode.NOT_FOUND, f"the log has no command {command_id}")
+        return command_json(recorded)
 
 
 def entries(recorded: Sequence[ev.Recorded]) -> list[dict[str, Any]]:
     """Join intents with their outcomes; everything else is an entry of its own. Newest first."""
-    outcomes = {e.command_id: e for e in recorded if isinstance(e.body, ev.Outcome)}
+    outcomes = {(e.command_id, e.stream): e for e in recorded if isinstance(e.body, ev.Outcome)}
     return [
-        entry(event, outcomes.get(event.command_id))
+        entry(event, outcomes.get((event.command_id, event.stream)))
         for event in sorted(recorded, key=lambda event: event.position, reverse=True)
         if not isinstance(event.body, ev.Outcome)
     ]
@@ -46,12 +72,14 @@ def entry(event: ev.Recorded, outcome: ev.Recorded | None = None) -> dict[str, A
         "name": getattr(body, "name", None),
         "interface_id": getattr(body, "interface_id", None),
         "what": what(body),
-        "origin": "client" if event.command_id else "service",
+        "origin": "repair" if event.actor == "system" else "client",
         "outcome": None,
         "message": None,
         "took_us": getattr(body, "took_us", None),
+        "changes": [],
+        "reason": "",
     }
-    if isinstance(body, ev.Intent | ev.CommandRejected):
+    if isinstance(body, ev.Intent | ev.CommandRejected | ev.ChangeConfirmed):
         told["user"] = body.request.user
         told["peer"] = body.request.peer
         told["via"] = body.request.via
@@ -70,27 +98,15 @@ def entry(event: ev.Recorded, outcome: ev.Recorded | None = None) -> dict[str, A
             | ev.ProcessingDisabled()
             | ev.InterfaceRetired()
         ):
-            told |= _outcome(outcome)
+            told |= outcome_json(outcome)
+            told["changes"] = intent_changes(body)
+            if told["by"] == "recovery":
+                told["origin"] = "recovery"
+        case ev.ChangeConfirmed():
+            told["outcome"] = "applied"
         case _:
             pass
     return told
-
-
-def _outcome(outcome: ev.Recorded | None) -> dict[str, Any]:
-    if outcome is None:
-        return {"outcome": "pending"}
-    body = outcome.body
-    assert isinstance(body, ev.Outcome)
-    told: dict[str, Any] = {"took_us": body.took_us, "finished_at": outcome.recorded_at, "by": body.by}
-    if isinstance(body, ev.CommandApplied):
-        return told | {"outcome": "applied", "steps": body.steps}
-    return told | {
-        "outcome": "failed",
-        "message": body.message,
-        "code": body.code,
-        "errno": body.errno,
-        "undone": body.undone,
-    }
 
 
 def what(body: ev.Event) -> str:
@@ -133,6 +149,8 @@ def what(body: ev.Event) -> str:
         case ev.CommandRejected():
             more = f" (and {body.suppressed} more refusals)" if body.suppressed else ""
             return f"{body.command}{more}"
+        case ev.ChangeConfirmed():
+            return f"confirm {body.confirms}"
         case ev.CommandApplied() | ev.CommandFailed():
             return type(body).__name__
 

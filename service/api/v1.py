@@ -1,20 +1,15 @@
 """/api/v1: what the command line reads. Writing through it comes with its own resources."""
 
-import asyncio
-from typing import Annotated, Any
+from typing import Any
 
 from litestar import Controller, Response, get
-from litestar.params import Parameter
 
 from service.api.orders import Orders
 from service.api.problems import answer
-from service.api.read import LogView
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.spec import spec_to_json
 from service.domain.state import Interface
-from service.reconcile.engine import Engine
 
-HISTORY_MAX = 1000
 COUNTERS_FRESH_S = 1.0  # readers who come at once share one sample
 
 
@@ -23,28 +18,12 @@ class V1Controller(Controller):
 
     path = "/api/v1"
 
-    @get("/interfaces")
-    async def interfaces(self, orders: Orders) -> Response[bytes]:
-        """All interfaces as they are desired, with what is known of them."""
-        engine = orders.engine
-        return answer({"interfaces": [interface_json(engine, i) for i in engine.state.interfaces.values()]})
-
     @get("/state")
     async def state(self, orders: Orders) -> Response[bytes]:
         """Desired state at the position the service has reached, for comparison with the log."""
         state = orders.engine.state
         interfaces = {i.name: desired_json(i) for i in state.interfaces.values()}
         return answer({"position": state.position, "hash": state.head, "interfaces": interfaces})
-
-    @get(["/history", "/interfaces/{name:str}/history"])
-    async def history(
-        self, view: LogView, name: str | None = None, limit: Annotated[int, Parameter(ge=1, le=HISTORY_MAX)] = 100
-    ) -> Response[bytes]:
-        """The latest changes, newest first: of everything, or of all interfaces that ever had a name."""
-        entries = await asyncio.to_thread(view.history, name, limit)
-        if name is not None and not entries:
-            raise TunledgerError(ErrorCode.NOT_FOUND, f"nothing is known of an interface {name}")
-        return answer({"history": entries})
 
     @get(["/counters", "/interfaces/{name:str}/counters"])
     async def counters(self, orders: Orders, name: str | None = None) -> Response[bytes]:
@@ -70,21 +49,4 @@ def desired_json(interface: Interface) -> dict[str, Any]:
         "generation": interface.generation,
         "spec": spec_to_json(interface.spec) if interface.spec is not None else None,
         "pending": interface.pending.command_id if interface.pending is not None else None,
-    }
-
-
-def interface_json(engine: Engine, interface: Interface) -> dict[str, Any]:
-    """An interface with the service's view of it."""
-    trouble = engine.troubles.get(interface.id)
-    state = "pending" if interface.pending is not None else "degraded" if trouble is not None else "applied"
-    return {
-        **desired_json(interface),
-        "name": interface.name,
-        "status": {
-            "state": state,
-            "reason": trouble.message if trouble is not None else None,
-            "since": trouble.since if trouble is not None else None,
-            "attempts": trouble.attempts if trouble is not None else 0,
-        },
-        "declared_at": interface.declared_at,
     }

@@ -1,7 +1,9 @@
 """What a client can order, as plain values. Judged in `decide`; nothing in here looks at state."""
 
 import ipaddress
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -29,6 +31,33 @@ class ConfigureInterface:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplaceInterface:
+    """Make this interface exist just so, whether or not it does now.
+
+    `recreate` allows what only a new device can do.
+    """
+
+    spec: InterfaceSpec
+    allow_overlap: bool = False
+    recreate: bool = False
+
+    @property
+    def name(self) -> InterfaceName:
+        """The interface it is about."""
+        return self.spec.name
+
+
+@dataclass(frozen=True, slots=True)
+class PatchInterface:
+    """Change some fields of the spec: a merge patch (RFC 7396) on its JSON form."""
+
+    name: InterfaceName
+    patch: Mapping[str, Any]
+    allow_overlap: bool = False
+    recreate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class EnableProcessing:
     """Let our workers read the device."""
 
@@ -49,7 +78,15 @@ class RetireInterface:
     name: InterfaceName
 
 
-Command = DeclareInterface | ConfigureInterface | EnableProcessing | DisableProcessing | RetireInterface
+Command = (
+    DeclareInterface
+    | ConfigureInterface
+    | ReplaceInterface
+    | PatchInterface
+    | EnableProcessing
+    | DisableProcessing
+    | RetireInterface
+)
 
 
 def target(command: Command) -> InterfaceName:
@@ -61,23 +98,40 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How a command reached us; kept in the log with the intent.
 
     Attributes:
-        via: "classic" for the original API, "v1", or "cli".
+        via: "classic" for the original API, "v1", or "system" for what the service orders itself.
+        call: which call of that API: "create", "replace", "change", "batch", ...; its answer is made by this.
         peer: address and port of the caller, "127.0.0.1:40112".
         user: the caller's name on this host at that time, "root"; the actor has the uid.
         reason: the caller's own words on why.
+        key, fingerprint: the Idempotency-Key, and the hash of the request that came with it.
+        confirm_by: until when the change has to be confirmed, UTC; it is taken back otherwise.
+        reverts: the command whose unconfirmed change this one takes back.
     """
 
     via: str
+    call: str = ""
     peer: str = ""
     user: str = ""
     reason: str = ""
+    key: str = ""
+    fingerprint: str = ""
+    confirm_by: str = ""
+    reverts: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A command with who sent it (`actor`, such as "uid:0") and the id it is known by from now on."""
+    """Commands that stand or fall together (mostly one), with who sent them and the id they are known by.
 
-    command: Command
+    Attributes:
+        actor: such as "uid:0".
+        if_match: the ETags of which the interface must have one, or None. Only for a single command.
+        if_none_match: the interface must not exist yet.
+    """
+
+    commands: tuple[Command, ...]
     command_id: CommandId
     actor: str
     request: Request
+    if_match: tuple[str, ...] | None = None
+    if_none_match: bool = False

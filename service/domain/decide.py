@@ -1,9 +1,10 @@
-"""Judges a command against desired state and the host, and turns it into the one intent it stands for.
+"""Judges commands against desired state and the host, and turns each into the one intent it stands for.
 
 Pure: refusing costs nothing and changes nothing. What the kernel may still refuse is not guessed here.
 """
 
-from typing import assert_never
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, assert_never
 
 import msgspec
 
@@ -11,44 +12,64 @@ from service.domain import commands as cmd
 from service.domain import events as ev
 from service.domain.errors import ErrorCode, TunledgerError, invalid
 from service.domain.observed import Host
-from service.domain.spec import InterfaceSpec, Processing, changes, check, spec_to_json
-from service.domain.state import Interface, State
+from service.domain.spec import InterfaceSpec, Processing, changes, check, parse_spec, spec_to_json
+from service.domain.state import Interface, State, Unconfirmed
 from service.domain.values import Address, InterfaceId, InterfaceName, check_host_address, parse_prefixlen
 
 
-def decide(state: State, submission: cmd.Submission, host: Host, new_id: InterfaceId) -> ev.Intent:
-    """The intent that records this command.
+def decide(state: State, submission: cmd.Submission, host: Host, new_id: Callable[[], str]) -> list[ev.Intent]:
+    """The intents that record these commands, one for each, in their order.
 
     Args:
-        host: who holds the wanted name, and the networks of links that are not ours.
-        new_id: the id for an interface that the command declares.
+        host: who holds the wanted names, and the networks of links that are not ours.
+        new_id: ids for interfaces that are declared.
 
     Raises:
-        TunledgerError: why the command is refused: invalid_field, subnet_overlap, interface_exists, name_taken,
-            no_interface, already_running, not_running.
+        TunledgerError: why they are refused, all of them: invalid_field, subnet_overlap, interface_exists,
+            name_taken, no_interface, already_running, not_running, precondition_failed, needs_recreate,
+            awaiting_confirmation. Of several, the field says which one: "commands.2.mtu".
     """
-    command, request = submission.command, submission.request
+    many = len(submission.commands) > 1
+    seen: set[InterfaceName] = set()
+    intents: list[ev.Intent] = []
+    for number, command in enumerate(submission.commands):
+        name = cmd.target(command)
+        try:
+            if name in seen:
+                raise TunledgerError(
+                    ErrorCode.INVALID_FIELD, f"{name} is in this batch twice; give one command for each interface"
+                )
+            seen.add(name)
+            _check_preconditions(state, submission, name)
+            intents.append(_decide_one(state, command, submission.request, host, new_id))
+        except TunledgerError as error:
+            if not many:
+                raise
+            field = f"commands.{number}" + (f".{error.field}" if error.field else "")
+            raise TunledgerError(
+                error.code, f"commands.{number}: {error.message}", retry=error.retry, field=field
+            ) from error
+    return intents
+
+
+def _decide_one(
+    state: State, command: cmd.Command, request: cmd.Request, host: Host, new_id: Callable[[], str]
+) -> ev.Intent:
     match command:
         case cmd.DeclareInterface(spec=spec):
             _refuse_existing(state, spec.name, request.via)
-            stranger = host.occupants.get(spec.name)
-            if stranger is not None:
-                raise name_taken(spec.name)
-            if not command.allow_overlap:
-                _refuse_overlap(spec.addresses, host)
-            return ev.InterfaceDeclared(interface_id=new_id, name=spec.name, spec=check(spec), request=request)
+            return _declare(spec, request, host, new_id, allow_overlap=command.allow_overlap)
+        case cmd.ReplaceInterface(spec=spec):
+            if state.find(spec.name) is None:
+                return _declare(spec, request, host, new_id, allow_overlap=command.allow_overlap)
+            interface, old = _existing(state, spec.name)
+            return _reconfigure(interface, old, check(spec), command, request, host)
+        case cmd.PatchInterface(name=name):
+            interface, old = _existing(state, name)
+            return _reconfigure(interface, old, patched(old, command.patch), command, request, host)
         case cmd.ConfigureInterface(name=name):
             interface, old = _existing(state, name)
-            new = _configured(old, command)
-            if not command.allow_overlap:
-                _refuse_overlap(tuple(a for a in new.addresses if a not in old.addresses), host)
-            return ev.InterfaceReconfigured(
-                interface_id=interface.id,
-                name=interface.name,
-                spec=new,
-                changes=changes(spec_to_json(old), spec_to_json(new)),
-                request=request,
-            )
+            return _reconfigure(interface, old, _configured(old, command), command, request, host)
         case cmd.EnableProcessing(name=name):
             interface, spec = _existing(state, name)
             if spec.processing.running:
@@ -82,13 +103,105 @@ def intended(intent: ev.Intent, interface: Interface | None) -> InterfaceSpec | 
             assert_never(intent)
 
 
+def confirm(state: State, command_id: str, request: cmd.Request) -> list[ev.ChangeConfirmed]:
+    """The events that make a change stay.
+
+    Raises:
+        TunledgerError: not_awaiting, if no change of that command awaits confirmation.
+    """
+    found = [awaiting for awaiting in state.unconfirmed.values() if awaiting.command_id == command_id]
+    if not found:
+        raise TunledgerError(
+            ErrorCode.NOT_AWAITING, f"command {command_id} awaits no confirmation: it never did, or it is too late"
+        )
+    return [
+        ev.ChangeConfirmed(interface_id=each.interface_id, name=each.name, confirms=each.command_id, request=request)
+        for each in found
+    ]
+
+
+def take_back(
+    state: State, awaiting: Sequence[Unconfirmed], request: cmd.Request, new_id: Callable[[], str]
+) -> list[ev.Intent]:
+    """The intents that undo changes which nobody confirmed in time."""
+    intents: list[ev.Intent] = []
+    for each in awaiting:
+        interface = state.interfaces.get(each.interface_id)
+        if interface is None and each.previous is not None:
+            intents.append(
+                ev.InterfaceDeclared(
+                    interface_id=InterfaceId(new_id()),
+                    name=each.name,
+                    spec=each.previous,
+                    request=msgspec.structs.replace(request, via=each.via),
+                )
+            )
+        elif interface is not None and interface.spec is not None and each.previous is None:
+            intents.append(ev.InterfaceRetired(interface_id=interface.id, name=each.name, request=request))
+        elif interface is not None and interface.spec is not None and each.previous is not None:
+            intents.append(
+                ev.InterfaceReconfigured(
+                    interface_id=interface.id,
+                    name=each.name,
+                    spec=each.previous,
+                    changes=changes(spec_to_json(interface.spec), spec_to_json(each.previous)),
+                    request=request,
+                )
+            )
+    return intents
+
+
 def name_taken(name: str) -> TunledgerError:
     """The refusal to touch a link that is not ours; `decide` gives it early, `plan` when one appears later."""
     return TunledgerError(
-        ErrorCode.NAME_TAKEN,
-        f"{name} exists and is not managed by tunledger; it was left alone",
-        field="name",
+        ErrorCode.NAME_TAKEN, f"{name} exists and is not managed by tunledger; it was left alone", field="name"
     )
+
+
+def merged(target: Any, patch: Any) -> Any:
+    """A JSON merge patch applied (RFC 7396, section 2)."""
+    if not isinstance(patch, Mapping):
+        return patch
+    result = dict(target) if isinstance(target, Mapping) else {}
+    for key, value in patch.items():
+        if value is None:
+            result.pop(key, None)
+        else:
+            result[key] = merged(result.get(key), value)
+    return result
+
+
+def patched(old: InterfaceSpec, patch: Mapping[str, Any]) -> InterfaceSpec:
+    """The spec after a merge patch on its JSON form; a null takes a field back to its default.
+
+    Raises:
+        TunledgerError: invalid_field.
+    """
+    if "name" in patch and patch["name"] != old.name:
+        raise invalid(
+            "name", patch["name"], f"cannot be given to {old.name}: a name is for life; make another interface"
+        )
+    return parse_spec(merged(spec_to_json(old), patch))
+
+
+def _check_preconditions(state: State, submission: cmd.Submission, name: InterfaceName) -> None:
+    interface = state.find(name)
+    if submission.if_none_match and interface is not None:
+        raise TunledgerError(ErrorCode.PRECONDITION_FAILED, f"If-None-Match: {name} exists")
+    if submission.if_match is not None and (
+        interface is None or not ({"*", interface.etag} & set(submission.if_match))
+    ):
+        now = "there is no such interface" if interface is None else f"it is {interface.etag} now"
+        raise TunledgerError(
+            ErrorCode.PRECONDITION_FAILED, f"If-Match: {name} has changed since it was read; {now}; read it again"
+        )
+    awaiting = state.unconfirmed.get(name)
+    if awaiting is not None:
+        raise TunledgerError(
+            ErrorCode.AWAITING_CONFIRMATION,
+            f"{name}: the change by command {awaiting.command_id} awaits confirmation until {awaiting.confirm_by}; "
+            "confirm it, or wait until it is taken back",
+        )
 
 
 def _existing(state: State, name: InterfaceName) -> tuple[Interface, InterfaceSpec]:
@@ -100,6 +213,53 @@ def _existing(state: State, name: InterfaceName) -> tuple[Interface, InterfaceSp
             ErrorCode.OVERLOADED, f"command {interface.pending.command_id} is pending on {name}", retry=True
         )
     return interface, interface.spec
+
+
+def _declare(
+    spec: InterfaceSpec, request: cmd.Request, host: Host, new_id: Callable[[], str], *, allow_overlap: bool
+) -> ev.InterfaceDeclared:
+    if spec.name in host.occupants:
+        raise name_taken(spec.name)
+    if not allow_overlap:
+        _refuse_overlap(spec.addresses, host)
+    return ev.InterfaceDeclared(interface_id=InterfaceId(new_id()), name=spec.name, spec=check(spec), request=request)
+
+
+def _reconfigure(
+    interface: Interface,
+    old: InterfaceSpec,
+    new: InterfaceSpec,
+    command: cmd.ReplaceInterface | cmd.PatchInterface | cmd.ConfigureInterface,
+    request: cmd.Request,
+    host: Host,
+) -> ev.InterfaceReconfigured:
+    if not command.allow_overlap:
+        _refuse_overlap(tuple(a for a in new.addresses if a not in old.addresses), host)
+    if not isinstance(command, cmd.ConfigureInterface) and not command.recreate:
+        _refuse_recreation(old, new)
+    return ev.InterfaceReconfigured(
+        interface_id=interface.id,
+        name=interface.name,
+        spec=new,
+        changes=changes(spec_to_json(old), spec_to_json(new)),
+        request=request,
+    )
+
+
+def _refuse_recreation(old: InterfaceSpec, new: InterfaceSpec) -> None:
+    for field, fixed in (
+        ("mode", old.mode is not new.mode),
+        ("multi_queue", old.multi_queue != new.multi_queue),
+        ("owner", old.owner is not None and new.owner is None),
+        ("group", old.group is not None and new.group is None),
+    ):
+        if fixed:
+            raise TunledgerError(
+                ErrorCode.NEEDS_RECREATE,
+                f"{field}: the kernel cannot change this on a living device; with recreate=true {new.name} is removed "
+                "and made again, with a new ifindex and without its connections",
+                field=field,
+            )
 
 
 def _refuse_existing(state: State, name: InterfaceName, via: str) -> None:
@@ -120,16 +280,13 @@ def _refuse_overlap(addresses: tuple[Address, ...], host: Host) -> None:
         net = address.network
         for used in host.networks:
             if used.network.version == net.version and used.network.overlaps(net):
+                article = "an address" if used.source == "address" else "a route"
                 raise TunledgerError(
                     ErrorCode.SUBNET_OVERLAP,
-                    f"address: {net} overlaps {used.network}, {_article(used.source)} of {used.ifname}, and could cut "
-                    'the host off; choose another subnet, or give "allow_overlap": true',
+                    f"address: {net} overlaps {used.network}, {article} of {used.ifname}, and could cut the host off; "
+                    'choose another subnet, or give "allow_overlap": true',
                     field="address",
                 )
-
-
-def _article(source: str) -> str:
-    return "an address" if source == "address" else "a route"
 
 
 def _configured(old: InterfaceSpec, command: cmd.ConfigureInterface) -> InterfaceSpec:

@@ -83,6 +83,15 @@ class CommandFailed(msgspec.Struct, frozen=True, kw_only=True):
     undone: bool
 
 
+class ChangeConfirmed(msgspec.Struct, frozen=True, kw_only=True):
+    """Intent without effect on the kernel: the change that `confirms` made is to stay."""
+
+    interface_id: InterfaceId
+    name: InterfaceName
+    confirms: CommandId
+    request: Request
+
+
 class DriftDetected(msgspec.Struct, frozen=True, kw_only=True):
     """Observation: the host differs from what is desired. `cause`: shutdown, reboot, worker_exit, or unknown."""
 
@@ -184,7 +193,7 @@ Observation = (
     | ServiceStopped
     | CommandRejected
 )
-Event = Intent | Outcome | Observation
+Event = Intent | Outcome | ChangeConfirmed | Observation
 
 
 class Draft(msgspec.Struct, frozen=True, kw_only=True):

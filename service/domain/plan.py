@@ -110,6 +110,7 @@ def plan(token: Token, name: InterfaceName, spec: InterfaceSpec | None, sight: S
         group=spec.group,
         multi_queue=spec.multi_queue,
         persist=True,
+        txqueuelen=-1,  # a tun starts with 500 and a tap with 1000 (tun_net_initialize): always set it
     )
     create = st.CreateLink(name, token, spec.mode, spec.multi_queue, spec.owner, spec.group)
     after = _edit(spec, Sight(link=fresh), fresh)
@@ -178,14 +179,22 @@ def _edit_addresses(spec: InterfaceSpec, link: ObservedLink) -> list[st.Step]:
     """Add before removing, so that the host is never without an address; then mend what the kernel takes along.
 
     It drops IPv6 addresses when a link goes down (net/ipv6/addrconf.c, keep_addr_on_down), and the secondary IPv4
-    addresses of a subnet with the primary one (net/ipv4/devinet.c, promote_secondaries).
+    addresses of a subnet with the primary one (net/ipv4/devinet.c, promote_secondaries). And it holds an IPv6 address
+    once: another prefix length for it is ignored while it is there (inet6_addr_modify), so it has to go first.
     """
     goes_down = link.up and not spec.up
     present = {a for a in link.addresses if not (goes_down and a.version == 6)}
     removed = [a for a in link.addresses if a not in spec.addresses]
-    out: list[st.Step] = [st.AddAddress(spec.name, a) for a in spec.addresses if a not in present]
+    resized = {a.ip for a in removed if a.version == 6}
+    out: list[st.Step] = [
+        st.AddAddress(spec.name, a) for a in spec.addresses if a not in present and a.ip not in resized
+    ]
     out += [st.RemoveAddress(spec.name, a) for a in removed]
-    out += [st.AddAddress(spec.name, a) for a in spec.addresses if any(_primary_of(r, a) for r in removed)]
+    out += [
+        st.AddAddress(spec.name, a)
+        for a in spec.addresses
+        if a.ip in resized or any(_primary_of(r, a) for r in removed)
+    ]
     return out
 
 

@@ -65,6 +65,8 @@ def check(spec: InterfaceSpec) -> InterfaceSpec:
     if spec.mtu < values.IPV6_MTU_MIN and any(address.version == 6 for address in spec.addresses):
         wanted = f"is under {values.IPV6_MTU_MIN}, the least IPv6 works with, and the interface has an IPv6 address"
         raise invalid("mtu", spec.mtu, wanted)
+    if spec.mode is Mode.TAP and spec.mtu > values.TAP_MTU_MAX:
+        raise invalid("mtu", spec.mtu, f"is over {values.TAP_MTU_MAX}, the most a tap takes")
     if len({address.ip for address in spec.addresses}) != len(spec.addresses):
         raise invalid("addresses", ", ".join(map(str, spec.addresses)), "has the same address twice")
     if len(spec.addresses) > ADDRESSES_MAX:

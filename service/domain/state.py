@@ -10,6 +10,7 @@ from typing import assert_never
 import msgspec
 
 from service.domain import events as ev
+from service.domain.commands import Request
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.spec import InterfaceSpec, Processing
 from service.domain.values import CommandId, InterfaceId, InterfaceName
@@ -22,7 +23,25 @@ class Pending(msgspec.Struct, frozen=True, kw_only=True):
     position: int
     recorded_at: str
     intent: str
+    actor: str
+    request: Request
     spec: InterfaceSpec | None
+
+
+class Unconfirmed(msgspec.Struct, frozen=True, kw_only=True):
+    """An applied change that is taken back unless it is confirmed in time.
+
+    Attributes:
+        previous: the spec to go back to, None if there was no interface.
+        confirm_by: UTC.
+    """
+
+    command_id: CommandId
+    interface_id: InterfaceId
+    name: InterfaceName
+    via: str
+    previous: InterfaceSpec | None
+    confirm_by: str
 
 
 class Interface(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +65,11 @@ class Interface(msgspec.Struct, frozen=True, kw_only=True):
     applied_position: int = 0
 
     @property
+    def etag(self) -> str:
+        """An entity tag that stands for one desired state only: a spec has one generation of one id."""
+        return f'"{self.id}.{self.generation}{".pending" if self.pending is not None else ""}"'
+
+    @property
     def wanted(self) -> InterfaceSpec | None:
         """What the kernel is to be brought to: the pending spec while there is one, else the applied one."""
         return self.pending.spec if self.pending is not None else self.spec
@@ -54,11 +78,12 @@ class Interface(msgspec.Struct, frozen=True, kw_only=True):
 class State:
     """All declared interfaces, by id and by name, at one position of the log."""
 
-    __slots__ = ("boot_id", "by_name", "head", "interfaces", "position", "stopped")
+    __slots__ = ("boot_id", "by_name", "head", "interfaces", "position", "stopped", "unconfirmed")
 
     def __init__(self) -> None:
         self.interfaces: dict[InterfaceId, Interface] = {}
         self.by_name: dict[InterfaceName, InterfaceId] = {}
+        self.unconfirmed: dict[InterfaceName, Unconfirmed] = {}
         self.position = 0
         self.head = ""
         self.boot_id: str | None = None  # of the last service that started
@@ -79,7 +104,11 @@ class State:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, State):
             return NotImplemented
-        return self.interfaces == other.interfaces and self.position == other.position
+        return (self.interfaces, self.unconfirmed, self.position) == (
+            other.interfaces,
+            other.unconfirmed,
+            other.position,
+        )
 
     __hash__ = None  # type: ignore[assignment]  # it changes
 
@@ -136,6 +165,7 @@ def evolve(state: State, event: ev.Recorded) -> None:
         case ev.CommandApplied():
             interface = _pending_of(state, event, body.interface_id)
             assert interface.pending is not None
+            _note_confirmation(state, interface, interface.pending)
             if interface.pending.spec is None:
                 _forget(state, interface)
             else:
@@ -153,10 +183,14 @@ def evolve(state: State, event: ev.Recorded) -> None:
                 _forget(state, interface)
             else:
                 state.interfaces[interface.id] = msgspec.structs.replace(interface, pending=None, version=event.version)
+        case ev.ChangeConfirmed():
+            awaiting = state.unconfirmed.get(body.name)
+            if awaiting is None or awaiting.command_id != body.confirms:
+                raise _impossible(event, f"confirms {body.confirms}, which awaits no confirmation")
+            del state.unconfirmed[body.name]
+            _bump(state, event, body.interface_id)
         case ev.DriftDetected() | ev.DriftRepaired() | ev.RepairFailed() | ev.OrphanRemoved():
-            known = state.interfaces.get(body.interface_id)
-            if known is not None:
-                state.interfaces[known.id] = msgspec.structs.replace(known, version=event.version)
+            _bump(state, event, body.interface_id)
         case ev.ServiceStarted():
             state.boot_id, state.stopped = body.boot_id, None
         case ev.ServiceStopped():
@@ -168,10 +202,34 @@ def evolve(state: State, event: ev.Recorded) -> None:
     state.position, state.head = event.position, event.hash
 
 
+def _bump(state: State, event: ev.Recorded, interface_id: InterfaceId) -> None:
+    known = state.interfaces.get(interface_id)
+    if known is not None:
+        state.interfaces[known.id] = msgspec.structs.replace(known, version=event.version)
+
+
+def _note_confirmation(state: State, interface: Interface, pending: Pending) -> None:
+    """An applied change either awaits confirmation from now on, or takes one back that did."""
+    if pending.request.reverts:
+        state.unconfirmed.pop(interface.name, None)
+    elif pending.request.confirm_by:
+        state.unconfirmed[interface.name] = Unconfirmed(
+            command_id=pending.command_id,
+            interface_id=interface.id,
+            name=interface.name,
+            via=interface.via,
+            previous=interface.spec,
+            confirm_by=pending.request.confirm_by,
+        )
+
+
 def _pending(event: ev.Recorded, spec: InterfaceSpec | None) -> Pending:
-    if event.command_id is None:
+    body = event.body
+    if event.command_id is None or not isinstance(body, ev.Intent):
         raise _impossible(event, "is an intent without a command id")
     return Pending(
+        actor=event.actor,
+        request=body.request,
         command_id=event.command_id,
         position=event.position,
         recorded_at=event.recorded_at,

@@ -19,6 +19,7 @@ Mtu = NewType("Mtu", int)
 NAME_BYTES_MAX = 16 - 1  # IFNAMSIZ (linux/if.h) less the closing NUL
 MTU_MIN = 68  # RFC 791: every link must carry a datagram of 68 bytes; the kernel's ETH_MIN_MTU
 MTU_MAX = 65535  # the kernel's IP_MAX_MTU, TUN's max_mtu (drivers/net/tun.c)
+TAP_MTU_MAX = MTU_MAX - 14  # less the Ethernet header (tun_net_init)
 IPV6_MTU_MIN = 1280  # RFC 8200, section 5; below it the kernel takes IPv6 off the link
 TXQUEUELEN_MAX = 1_000_000  # far above use; a packet each in kernel memory
 DESCRIPTION_CHARS_MAX = 256
@@ -92,6 +93,8 @@ def parse_name(value: object, field: str = "name") -> InterfaceName:
         raise invalid(field, value, would_do)
     if any(not _NAME_CHAR.match(char) or char in "/:%" for char in value):
         raise invalid(field, value, would_do)
+    if value in {"all", "default"}:  # sysctl_dev_name_is_allowed in net/ipv4/devinet.c
+        raise invalid(field, value, "is no interface name: in /proc/sys/net it stands for all interfaces, or new ones")
     return InterfaceName(value)
 
 

@@ -16,8 +16,8 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol, assert_never
 
 import msgspec
 import structlog
@@ -25,20 +25,23 @@ import structlog
 from service.domain import commands as cmd
 from service.domain import events as ev
 from service.domain.counters import Book, Reading, Source, kernel_reading, worker_reading
-from service.domain.decide import decide, intended
+from service.domain.decide import confirm, decide, intended, take_back
 from service.domain.errors import ErrorCode, TunledgerError
-from service.domain.observed import ObservedLink
+from service.domain.observed import Host, ObservedLink
+from service.domain.plan import Difference, Sight, differences, plan
 from service.domain.spec import InterfaceSpec, Processing
-from service.domain.state import Interface, State, evolve
-from service.domain.steps import StartProcessing
+from service.domain.state import Interface, State, Unconfirmed, evolve
+from service.domain.steps import StartProcessing, Step
 from service.domain.token import Token
 from service.domain.values import CommandId, InterfaceId, InterfaceName, NodeId
 from service.reconcile.applier import Applier
-from service.reconcile.converge import Result, Wanted, converge, inspect, remove_orphans, sights
+from service.reconcile.converge import Result, Wanted, converge, inspect, look, remove_orphans, sights
 from service.reconcile.hands import Hands
 from service.reconcile.rejections import Allowance
+from service.store import answers
 from service.store import counters as counter_store
-from service.store.writer import LogWriter
+from service.store.answers import Kept, Reply
+from service.store.writer import Job, LogWriter
 
 IN_FLIGHT_MAX = 256  # commands between their arrival and their outcome; more are refused as overloaded
 BACK_OFF_FIRST_S, BACK_OFF_MAX_S = 1.0, 60.0
@@ -58,19 +61,61 @@ class Clock(Protocol):
         """The UTC time this long ago, in the same form."""
         ...
 
+    def seconds_until(self, stamp: str) -> float:
+        """How long until a UTC time in that form; negative if it is past."""
+        ...
+
     def new_id(self) -> str:
         """A new UUIDv7."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What a command came to: the interface as it is now (None once it is gone) and the link that was seen."""
+class Finished:
+    """One interface of a command: as it is desired now (None once it is gone), and the link as it was seen."""
 
-    command_id: CommandId
+    name: InterfaceName
+    interface_id: InterfaceId
+    created: bool
     interface: Interface | None
     link: ObservedLink | None
-    took_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a command came to. `reply` is what a request with an Idempotency-Key hears, now and ever after."""
+
+    command_id: CommandId
+    finished: tuple[Finished, ...] = ()
+    reply: Reply | None = None
+
+
+class Renderer(Protocol):
+    """Makes the reply of a command that came with an Idempotency-Key; also for one that recovery finished."""
+
+    def __call__(
+        self,
+        request: cmd.Request,
+        command_id: CommandId,
+        finished: Sequence[Finished],
+        error: TunledgerError | None,
+    ) -> Reply:
+        """The reply, from what the log and the kernel say, and nothing else."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What a command would do: the events, and for each interface the differences and the steps."""
+
+    intents: tuple[ev.Intent, ...]
+    plans: tuple[tuple[InterfaceName, tuple[Difference, ...], tuple[Step, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    fingerprint: str
+    task: "asyncio.Task[Reply]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +141,10 @@ class Summary:
     processing_resumed: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
+    def to_json(self) -> dict[str, list[str]]:
+        """The names by what was done."""
+        return {each.name: list(getattr(self, each.name)) for each in fields(self)}
+
     def __str__(self) -> str:
         parts = (
             ("recreated", self.recreated),
@@ -118,6 +167,8 @@ class Engine:
 
     Args:
         state, book: as folded and loaded from the database, at the same moment.
+        render, recall: make and look up replies to requests with an Idempotency-Key.
+        publish: gets recorded events, in order, on the event loop.
         frozen: why nothing may be changed (an unreadable or unverifiable log), or None.
     """
 
@@ -132,12 +183,18 @@ class Engine:
         hands: Hands,
         clock: Clock,
         boot_id: str,
+        render: Renderer,
+        recall: Callable[[str, str], Kept | None],
+        publish: Callable[[list[ev.Recorded]], None] = lambda _events: None,
         frozen: str | None = None,
     ) -> None:
         self.node, self.state, self.book = node, state, book
         self._writer, self._applier, self._hands = writer, applier, hands
         self._clock, self._boot_id = clock, boot_id
+        self._render, self._recall, self._publish = render, recall, publish
         self._frozen = frozen
+        self._under_way: dict[tuple[str, str], _UnderWay] = {}
+        self._take_back_after = 0.0
         self._locks: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing = False
@@ -159,6 +216,7 @@ class Engine:
     def _recorded(self, events: list[ev.Recorded]) -> None:
         for event in events:
             evolve(self.state, event)
+        self._publish(events)
 
     async def _append(self, drafts: Sequence[ev.Draft]) -> list[ev.Recorded]:
         return await asyncio.wrap_future(self._writer.append(drafts)) if drafts else []
@@ -183,18 +241,133 @@ class Engine:
 
     # -- commands
 
-    async def submit(self, submission: cmd.Submission) -> Answer:
+    async def submit(self, submission: cmd.Submission, *, wait: bool = True) -> Answer:
         """Carry out a command to its outcome, also when the caller stops waiting.
+
+        Args:
+            wait: False to return as soon as the command is in the log, without an outcome.
 
         Raises:
             TunledgerError: why it was refused, before anything was done; or why it failed, after all was undone.
+                With an Idempotency-Key only what a repetition may change; everything else is in the reply.
         """
         self._refuse_if_closed()
         if len(self._tasks) >= IN_FLIGHT_MAX:
             raise TunledgerError(
                 ErrorCode.OVERLOADED, f"{IN_FLIGHT_MAX} commands are being carried out; try again", retry=True
             )
-        return await asyncio.shield(self._spawn(self._carry_out(submission)))
+        if submission.request.key:
+            return Answer(submission.command_id, reply=await self._once(submission))
+        accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        task = self._spawn(self._carry_out(submission, accepted))
+        if wait:
+            return await asyncio.shield(task)
+        await asyncio.wait({task, accepted}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            answer: Answer = task.result()
+            return answer
+        return Answer(submission.command_id)
+
+    async def _once(self, submission: cmd.Submission) -> Reply:
+        """One effect and one reply for each key of a caller, however often and whenever it is sent."""
+        request = submission.request
+        slot = (submission.actor, request.key)
+        known = self._under_way.get(slot)
+        if known is None:
+            known = _UnderWay(request.fingerprint, self._spawn(self._recalled(submission)))
+            self._under_way[slot] = known
+            known.task.add_done_callback(lambda _task: self._under_way.pop(slot, None))
+        elif known.fingerprint != request.fingerprint:
+            raise _key_reused(request.key)
+        return await asyncio.shield(known.task)
+
+    async def _recalled(self, submission: cmd.Submission) -> Reply:
+        request = submission.request
+        kept = await asyncio.to_thread(self._recall, submission.actor, request.key)
+        if kept is not None:
+            if kept.fingerprint != request.fingerprint:
+                raise _key_reused(request.key)
+            if kept.reply is None:
+                raise TunledgerError(
+                    ErrorCode.OUTCOME_UNKNOWN, f"command {kept.command_id} has no outcome yet; ask again", retry=True
+                )
+            return kept.reply
+        try:
+            answer = await self._carry_out(submission, None)
+        except TunledgerError as error:
+            if error.retry and error.code in _NOT_SETTLED:
+                raise
+            return self._render(request, submission.command_id, (), error)
+        assert answer.reply is not None
+        return answer.reply
+
+    async def preview(self, submission: cmd.Submission) -> Preview:
+        """What a command would do, and nothing else: nothing is recorded, counted or changed.
+
+        Raises:
+            TunledgerError: the refusal that would come.
+        """
+        intents = decide(self.state, submission, await self._survey(submission), self._clock.new_id)
+        wanted = [self._wanted_by(intent) for intent in intents]
+
+        def look_and_plan() -> list[tuple[InterfaceName, tuple[Difference, ...], tuple[Step, ...]]]:
+            seen, _ = look(self._hands, wanted)
+            return [
+                (
+                    each.name,
+                    differences(each.token, each.name, each.spec, seen[each.id]),
+                    plan(each.token, each.name, each.spec, seen[each.id]),
+                )
+                for each in wanted
+            ]
+
+        return Preview(tuple(intents), tuple(await self._apply(look_and_plan)))
+
+    async def confirm(self, command_id: CommandId, actor: str, request: cmd.Request, new_command_id: CommandId) -> None:
+        """Make a change stay that awaits confirmation.
+
+        Raises:
+            TunledgerError: not_awaiting.
+        """
+        self._refuse_if_closed()
+        names = [u.name for u in self.state.unconfirmed.values() if u.command_id == command_id]
+        async with self._locked(names):
+            drafts = [
+                self._draft(ev.interface_stream(body.interface_id), body, actor=actor, command_id=new_command_id)
+                for body in confirm(self.state, command_id, request)
+            ]
+            await self._append(drafts)
+
+    async def take_back_overdue(self) -> None:
+        """Undo every change that was not confirmed in time."""
+        now = self._clock.now()
+        overdue: dict[CommandId, list[Unconfirmed]] = {}
+        for awaiting in self.state.unconfirmed.values():
+            if awaiting.confirm_by <= now:
+                overdue.setdefault(awaiting.command_id, []).append(awaiting)
+        for command_id, changes in overdue.items():
+            log.warning("not confirmed in time: taking back", command_id=command_id, names=[c.name for c in changes])
+            request = cmd.Request(
+                via="system", call="take_back", reverts=command_id, reason=f"not confirmed by {changes[0].confirm_by}"
+            )
+            async with self._locked([c.name for c in changes]):
+                present = [c for c in changes if self.state.unconfirmed.get(c.name) is c]
+                intents = take_back(self.state, present, request, self._clock.new_id)
+                if not intents:
+                    continue
+                submission = cmd.Submission((), CommandId(self._clock.new_id()), SYSTEM, request)
+                try:
+                    await self._intend_and_finish(submission, intents, None)
+                except TunledgerError as error:
+                    log.error("could not take back; it is tried again", command_id=command_id, error=error.message)
+                    self._take_back_after = time.monotonic() + BACK_OFF_FIRST_S * 5
+
+    def next_deadline_s(self) -> float | None:
+        """Seconds until the next unconfirmed change is due to be taken back; None if there is none."""
+        if not self.state.unconfirmed:
+            return None
+        first = min(awaiting.confirm_by for awaiting in self.state.unconfirmed.values())
+        return max(self._clock.seconds_until(first), self._take_back_after - time.monotonic(), 0.0)
 
     async def reject(
         self, refusal: TunledgerError, name: str, command: str, actor: str, command_id: CommandId, request: cmd.Request
@@ -212,10 +385,18 @@ class Engine:
             request=request,
             suppressed=suppressed,
         )
+        settled = request.key and not (refusal.retry and refusal.code in _NOT_SETTLED)
+        also = self._closed(actor, command_id, request, (), refusal) if settled else None
         try:
-            await self._append([self._draft(ev.name_stream(name), body, actor=actor, command_id=command_id)])
+            draft = self._draft(ev.name_stream(name), body, actor=actor, command_id=command_id)
+            await asyncio.wrap_future(self._writer.append([draft], also))
         except TunledgerError as error:
             log.warning("a refusal could not be recorded", name=name, error=error.message)
+
+    def freeze(self, reason: str) -> None:
+        """From now on nothing is changed: the log turned out not to be what it should."""
+        log.error("read-only from now on", reason=reason)
+        self._frozen = reason
 
     def _refuse_if_closed(self) -> None:
         if self._frozen is not None:
@@ -223,101 +404,171 @@ class Engine:
         if self._closing:
             raise TunledgerError(ErrorCode.SHUTTING_DOWN, "the service is stopping", retry=True)
 
-    async def _carry_out(self, submission: cmd.Submission) -> Answer:
-        name = cmd.target(submission.command)
-        keys: list[str] = [name]
-        if isinstance(submission.command, cmd.DeclareInterface) and submission.request.via == "classic":
+    async def _carry_out(self, submission: cmd.Submission, accepted: "asyncio.Future[None] | None") -> Answer:
+        names = [cmd.target(command) for command in submission.commands]
+        keys: list[str] = [*names]
+        if submission.request.via == "classic" and isinstance(submission.commands[0], cmd.DeclareInterface):
             keys.append("/classic")  # no interface can have this name: at most one is made by that API at a time
         async with self._locked(keys):
             try:
-                intent = await self._decide(submission, name)
+                intents = decide(self.state, submission, await self._survey(submission), self._clock.new_id)
             except TunledgerError as refusal:
-                await self.reject(
-                    refusal,
-                    name,
-                    type(submission.command).__name__,
-                    submission.actor,
-                    submission.command_id,
-                    submission.request,
-                )
+                kind = type(submission.commands[0]).__name__ if len(names) == 1 else "Batch"
+                name = names[0] if len(names) == 1 else ""
+                await self.reject(refusal, name, kind, submission.actor, submission.command_id, submission.request)
                 raise
-            before = self.state.interfaces.get(intent.interface_id)
-            expected = before.version if before is not None else 0
-            stream = ev.interface_stream(intent.interface_id)
-            await self._append(
-                [
-                    self._draft(
-                        stream,
-                        intent,
-                        actor=submission.actor,
-                        command_id=submission.command_id,
-                        expected_version=expected,
-                    )
-                ]
-            )
-            started = time.monotonic_ns()
-            wanted = self._wanted(intent.interface_id, name, intended(intent, before), fresh=before is None)
-            return await self._finish(submission.command_id, submission.actor, wanted, "command", started)
+            return await self._intend_and_finish(submission, intents, accepted)
 
-    async def _decide(self, submission: cmd.Submission, name: InterfaceName) -> ev.Intent:
-        command = submission.command
-        networks = (isinstance(command, cmd.DeclareInterface) and not command.allow_overlap) or (
-            isinstance(command, cmd.ConfigureInterface)
-            and not command.allow_overlap
-            and (command.ip is not None or command.netmask is not None)
+    async def _intend_and_finish(
+        self, submission: cmd.Submission, intents: Sequence[ev.Intent], accepted: "asyncio.Future[None] | None"
+    ) -> Answer:
+        """Append the intents, in one transaction, and bring them to their outcome. The names' locks are held."""
+        wanted = [self._wanted_by(intent) for intent in intents]
+        drafts = []
+        for intent in intents:
+            before = self.state.interfaces.get(intent.interface_id)
+            drafts.append(
+                self._draft(
+                    ev.interface_stream(intent.interface_id),
+                    intent,
+                    actor=submission.actor,
+                    command_id=submission.command_id,
+                    expected_version=before.version if before is not None else 0,
+                )
+            )
+        request, also = submission.request, None
+        if request.key:
+            also = answers.opened(
+                submission.actor, request.key, request.fingerprint, submission.command_id, self._clock.now()
+            )
+        await asyncio.wrap_future(self._writer.append(drafts, also))
+        if accepted is not None and not accepted.done():
+            accepted.set_result(None)
+        return await self._finish(
+            submission.command_id, submission.actor, request, wanted, "command", time.monotonic_ns()
         )
-        host = await self._apply(lambda: self._hands.kernel.survey(name, self.node, networks=networks))
-        return decide(self.state, submission, host, InterfaceId(self._clock.new_id()))
+
+    async def _survey(self, submission: cmd.Submission) -> Host:
+        """What the commands are judged against: who holds their names, and which networks others use."""
+        names = [cmd.target(command) for command in submission.commands]
+        networks = any(_may_overlap(command) for command in submission.commands)
+
+        def survey() -> Host:
+            kernel = self._hands.kernel
+            first, *rest = [
+                kernel.survey(name, self.node, networks=networks and not number) for number, name in enumerate(names)
+            ]
+            occupants = dict(first.occupants)
+            for host in rest:
+                occupants.update(host.occupants)
+            return Host(occupants, first.networks)
+
+        host: Host = await self._apply(survey)
+        return host
 
     async def _finish(
-        self, command_id: CommandId, actor: str, wanted: Wanted, by: ev.FinishedBy, started: int
+        self,
+        command_id: CommandId,
+        actor: str,
+        request: cmd.Request,
+        wanted: Sequence[Wanted],
+        by: ev.FinishedBy,
+        started: int,
     ) -> Answer:
-        """Bring a pending intent to its outcome: applied and verified, or undone and failed."""
-        result = await self._converge_one(wanted)
-        stored = self._store([result])  # at once: a later sample must not come before these figures
-        undone = True
-        if result.error is not None:
-            undone = await self._undo(wanted)
+        """Bring the pending intents of one command to their outcome: all applied and verified, or all undone."""
+        created = {w.id: self.state.interfaces[w.id].spec is None for w in wanted}
+        results = await self._converge(wanted)
+        stored = self._store(results)  # at once: a later sample must not come before these figures
+        failed = next((result for result in results if result.error is not None), None)
+        error = failed.error if failed is not None else None
+        undone = await self._undo(wanted) if error is not None else True
         took_us = (time.monotonic_ns() - started) // 1000
-        outcome = _outcome(wanted, result, by, took_us, undone=undone)
-        try:
-            await self._append(
-                [self._draft(ev.interface_stream(wanted.id), outcome, actor=actor, command_id=command_id)]
+        drafts = [
+            self._draft(
+                ev.interface_stream(result.wanted.id),
+                _outcome(result, failed, by, took_us, undone=undone),
+                actor=actor,
+                command_id=command_id,
             )
+            for result in results
+        ]
+        links = {result.wanted.id: result.link for result in results}
+
+        def finished() -> tuple[Finished, ...]:
+            return tuple(
+                Finished(w.name, w.id, created[w.id], self._after(w, error), links[w.id] if w.spec else None)
+                for w in wanted
+            )
+
+        told = finished()
+        also = self._closed(actor, command_id, request, told, error) if request.key else None
+        try:
+            await asyncio.wrap_future(self._writer.append(drafts, also))
             await stored
-        except TunledgerError as error:
+        except TunledgerError as trouble:
             asyncio.get_running_loop().call_later(BACK_OFF_FIRST_S, self.wake.set)
             raise TunledgerError(
                 ErrorCode.OUTCOME_UNKNOWN,
-                f"command {command_id} was carried out on {wanted.name}, but its outcome could not be recorded yet: "
-                f"{error.message}; it is finished as soon as the log can be written",
+                f"command {command_id} was carried out, but its outcome could not be recorded yet: {trouble.message}; "
+                "it is finished as soon as the log can be written",
                 retry=True,
-            ) from error
-        self.troubles.pop(wanted.id, None)
-        if wanted.spec is None and result.error is None:
-            self.book.forget(wanted.id)
-        if result.error is not None:
-            log.warning("command failed", command_id=command_id, name=wanted.name, error=result.error.message)
-            raise result.error
-        log.info("command applied", command_id=command_id, name=wanted.name, by=by, took_us=took_us)
-        return Answer(command_id, self.state.interfaces.get(wanted.id), result.link, took_us)
+            ) from trouble
+        names = [w.name for w in wanted]
+        if error is not None:
+            log.warning("command failed", command_id=command_id, names=names, error=error.message)
+            if request.key:
+                return Answer(command_id, told, self._render(request, command_id, told, error))
+            raise error
+        for each in wanted:
+            self.troubles.pop(each.id, None)
+            if each.spec is None:
+                self.book.forget(each.id)
+        if request.confirm_by:
+            self.wake.set()  # there is a deadline to watch
+        log.info("command applied", command_id=command_id, names=names, by=by, took_us=took_us)
+        reply = self._render(request, command_id, told, None) if request.key else None
+        return Answer(command_id, told, reply)
 
-    async def _undo(self, wanted: Wanted) -> bool:
-        """Bring the host back to what it was before a pending intent; whether that worked."""
-        interface = self.state.interfaces.get(wanted.id)
-        previous = interface.spec if interface is not None else None
-        result = await self._converge_one(self._wanted(wanted.id, wanted.name, previous))
-        if result.error is not None:
-            log.error("could not undo", name=wanted.name, error=result.error.message)
-            self._note_trouble(wanted.id, result.error)
-        return result.error is None
+    def _after(self, wanted: Wanted, error: TunledgerError | None) -> Interface | None:
+        """The interface as the outcome that is about to be recorded leaves it."""
+        interface = self.state.interfaces[wanted.id]
+        if error is not None:
+            return msgspec.structs.replace(interface, pending=None) if interface.spec is not None else None
+        if wanted.spec is None:
+            return None
+        return msgspec.structs.replace(interface, spec=wanted.spec, pending=None, generation=interface.generation + 1)
 
-    async def _converge_one(self, wanted: Wanted) -> Result:
+    def _closed(
+        self,
+        actor: str,
+        command_id: CommandId,
+        request: cmd.Request,
+        finished: Sequence[Finished],
+        error: TunledgerError | None,
+    ) -> Job:
+        reply = self._render(request, command_id, finished, error)
+        return answers.closed(actor, request.key, request.fingerprint, command_id, self._clock.now(), reply)
+
+    async def _undo(self, wanted: Sequence[Wanted]) -> bool:
+        """Bring the host back to what it was before pending intents; whether that worked."""
+        previous = [self._wanted(w.id, w.name, self.state.interfaces[w.id].spec) for w in wanted]
+        results = await self._converge(previous)
+        for result in results:
+            if result.error is not None:
+                log.error("could not undo", name=result.wanted.name, error=result.error.message)
+                self._note_trouble(result.wanted.id, result.error)
+        return all(result.error is None for result in results)
+
+    async def _converge(self, wanted: Sequence[Wanted]) -> list[Result]:
         try:
-            results: list[Result] = await self._apply(lambda: converge(self._hands, [wanted]))
-            return results[0]
+            results: list[Result] = await self._apply(lambda: converge(self._hands, wanted))
         except TunledgerError as error:
-            return Result(wanted, error=error)
+            return [Result(each, error=error) for each in wanted]
+        return results
+
+    def _wanted_by(self, intent: ev.Intent) -> Wanted:
+        before = self.state.interfaces.get(intent.interface_id)
+        return self._wanted(intent.interface_id, intent.name, intended(intent, before), fresh=before is None)
 
     async def _apply(self, job: Callable[[], Any]) -> Any:
         return await asyncio.wrap_future(self._applier.run(job))
@@ -373,24 +624,35 @@ class Engine:
                 await self._remove_orphans(summary)
             # What was free may have changed while the locks were taken.
             present = [self.state.interfaces[i.id] for i in free if i.id in self.state.interfaces]
-            pending = [i for i in present if i.pending is not None]
-            settled = [i for i in present if i.pending is None]
-            for interface in pending:
-                await self._recover(interface, summary)
-            await self._mend(settled, cause, summary)
+            if only is None:
+                await self._recover([i for i in present if i.pending is not None], summary)
+            await self._mend([i for i in present if i.pending is None], cause, summary)
         return summary
 
-    async def _recover(self, interface: Interface, summary: Summary) -> None:
-        """Finish an intent that has no outcome yet."""
-        assert interface.pending is not None
-        pending = interface.pending
-        wanted = self._wanted(interface.id, interface.name, pending.spec)
-        try:
-            await self._finish(pending.command_id, SYSTEM, wanted, "recovery", time.monotonic_ns())
-            summary.finished.append(interface.name)
-        except TunledgerError as error:
-            log.error("a pending command failed", name=interface.name, error=error.message)
-            summary.failed.append(interface.name)
+    async def reconcile_now(self) -> Summary:
+        """Reconcile because somebody asks: failed repairs are tried at once. Raises TunledgerError."""
+        self._refuse_if_closed()
+        for interface_id, trouble in list(self.troubles.items()):
+            self.troubles[interface_id] = replace(trouble, next_try=0.0)
+        return await self.reconcile()
+
+    async def _recover(self, interfaces: Sequence[Interface], summary: Summary) -> None:
+        """Finish intents that have no outcome yet; those of one command together."""
+        commands: dict[CommandId, list[Interface]] = {}
+        for interface in interfaces:
+            assert interface.pending is not None
+            commands.setdefault(interface.pending.command_id, []).append(interface)
+        for command_id, group in commands.items():
+            pending = group[0].pending
+            assert pending is not None
+            wanted = [self._wanted(i.id, i.name, i.wanted) for i in group]
+            names = [i.name for i in group]
+            try:
+                await self._finish(command_id, pending.actor, pending.request, wanted, "recovery", time.monotonic_ns())
+                summary.finished += names
+            except TunledgerError as error:
+                log.error("a pending command failed", command_id=command_id, names=names, error=error.message)
+                summary.failed += names
 
     async def _mend(self, interfaces: Sequence[Interface], cause: str, summary: Summary) -> None:
         wanted = [self._wanted(i.id, i.name, i.spec) for i in interfaces]
@@ -494,6 +756,11 @@ class Engine:
         due = [trouble.next_try for trouble in self.troubles.values()]
         return max(0.0, min(due) - time.monotonic()) if due else None
 
+    def retry_in_s(self, interface_id: InterfaceId) -> float | None:
+        """Seconds until a failed repair of this interface is tried again; None if none failed."""
+        trouble = self.troubles.get(interface_id)
+        return max(0.0, trouble.next_try - time.monotonic()) if trouble is not None else None
+
     # -- workers
 
     def worker_exited(self, worker: int, pid: int, status: str, last: Sequence[Reading]) -> None:
@@ -543,6 +810,8 @@ class Engine:
                 if self._declared(reading.interface_id):
                     readings.append(self.book.take(reading))
             await self._keep(readings)
+            old = self._clock.before(answers.KEPT.total_seconds())
+            await asyncio.wrap_future(self._writer.run(answers.thin(old)))
             self._sampled = time.monotonic()
 
     def totals(self, interface_id: InterfaceId) -> dict[str, dict[str, int]]:
@@ -580,6 +849,30 @@ class Engine:
         return asyncio.wrap_future(self._writer.run(job))
 
     # -- looking
+
+    async def observe_all(self, interfaces: Sequence[Interface]) -> dict[InterfaceId, Sight]:
+        """What there is of these interfaces now."""
+        wanted = [self._wanted(i.id, i.name, i.wanted) for i in interfaces]
+        seen, _ = await self._apply(lambda: look(self._hands, wanted))
+        found: dict[InterfaceId, Sight] = seen
+        return found
+
+    async def drift(self) -> list[tuple[Interface, tuple[Difference, ...], tuple[Step, ...], TunledgerError | None]]:
+        """What differs now, interface by interface, with the steps that would mend it; nothing is changed."""
+        interfaces = [i for i in self.state.interfaces.values() if i.pending is None and i.spec is not None]
+        seen = await self.observe_all(interfaces)
+        found = []
+        for interface in interfaces:
+            token, sight = Token(self.node, interface.id), seen[interface.id]
+            left = differences(token, interface.name, interface.spec, sight)
+            if not left:
+                continue
+            try:
+                steps, refusal = plan(token, interface.name, interface.spec, sight), None
+            except TunledgerError as error:
+                steps, refusal = (), error
+            found.append((interface, left, steps, refusal))
+        return found
 
     async def observe(self, interface: Interface) -> tuple[ObservedLink | None, bool]:
         """The link of one interface as it is now, and whether a worker reads it."""
@@ -679,8 +972,10 @@ def _starts(result: Result) -> bool:
     return any(isinstance(step, StartProcessing) for step in result.steps)
 
 
-def _outcome(wanted: Wanted, result: Result, by: ev.FinishedBy, took_us: int, *, undone: bool) -> ev.Outcome:
-    if result.error is None:
+def _outcome(result: Result, failed: Result | None, by: ev.FinishedBy, took_us: int, *, undone: bool) -> ev.Outcome:
+    """The outcome for one interface of a command; where one fails, all fail with its reason."""
+    wanted = result.wanted
+    if failed is None:
         return ev.CommandApplied(
             interface_id=wanted.id,
             name=wanted.name,
@@ -688,13 +983,48 @@ def _outcome(wanted: Wanted, result: Result, by: ev.FinishedBy, took_us: int, *,
             took_us=took_us,
             steps=[str(step) for step in result.steps],
         )
+    error = failed.error
+    assert error is not None
+    because = "" if failed is result else f"undone, because {failed.wanted.name} failed: "
     return ev.CommandFailed(
         interface_id=wanted.id,
         name=wanted.name,
         by=by,
         took_us=took_us,
-        code=result.error.code.value,
-        message=result.error.message,
-        errno=result.error.errno_name,
+        code=error.code.value,
+        message=because + error.message,
+        errno=error.errno_name,
         undone=undone,
     )
+
+
+def _may_overlap(command: cmd.Command) -> bool:
+    """Whether a command can bring an address that has to be compared with the host's networks."""
+    match command:
+        case cmd.DeclareInterface() | cmd.ReplaceInterface():
+            return not command.allow_overlap and bool(command.spec.addresses)
+        case cmd.PatchInterface():
+            return not command.allow_overlap and "addresses" in command.patch
+        case cmd.ConfigureInterface():
+            return not command.allow_overlap and (command.ip is not None or command.netmask is not None)
+        case cmd.EnableProcessing() | cmd.DisableProcessing() | cmd.RetireInterface():
+            return False
+        case _:
+            assert_never(command)
+
+
+def _key_reused(key: str) -> TunledgerError:
+    return TunledgerError(
+        ErrorCode.KEY_REUSED, f"Idempotency-Key: {key} came with another request before; a key is for one request"
+    )
+
+
+# Refusals that say nothing of the request itself: a repetition under the same key is a new attempt.
+_NOT_SETTLED = {
+    ErrorCode.OVERLOADED,
+    ErrorCode.SHUTTING_DOWN,
+    ErrorCode.LOG_FULL,
+    ErrorCode.LOG_UNAVAILABLE,
+    ErrorCode.OUTCOME_UNKNOWN,
+    ErrorCode.VERSION_CONFLICT,
+}

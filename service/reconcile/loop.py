@@ -14,12 +14,16 @@ log = structlog.get_logger("tunledger.loop")
 
 
 async def keep_reconciled(engine: Engine, interval_s: float) -> None:
-    """Reconcile when woken, when a failed repair is due, and every `interval_s`. Runs until cancelled."""
+    """Reconcile when woken, when a failed repair or an unconfirmed change is due, and every `interval_s`.
+
+    Runs until cancelled.
+    """
     while True:
-        retry_s = engine.next_retry_s()
-        await _wait(engine.wake, interval_s if retry_s is None else min(interval_s, retry_s))
+        due = [interval_s, engine.next_retry_s(), engine.next_deadline_s()]
+        await _wait(engine.wake, min(seconds for seconds in due if seconds is not None))
         engine.wake.clear()
         try:
+            await engine.take_back_overdue()
             await engine.reconcile()
         except TunledgerError as error:
             log.warning("could not reconcile; it is tried again", error=error.message)

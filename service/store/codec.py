@@ -25,6 +25,7 @@ TYPES: Final[Mapping[str, tuple[int, type[ev.Event]]]] = {
     "ProcessingEnabled": (1, ev.ProcessingEnabled),
     "ProcessingDisabled": (1, ev.ProcessingDisabled),
     "InterfaceRetired": (1, ev.InterfaceRetired),
+    "ChangeConfirmed": (1, ev.ChangeConfirmed),
     "CommandApplied": (1, ev.CommandApplied),
     "CommandFailed": (1, ev.CommandFailed),
     "DriftDetected": (1, ev.DriftDetected),
@@ -77,16 +78,16 @@ def decode(name: str, version: int, payload: str) -> ev.Event:
         TunledgerError: log_corrupt, for a type or version of a newer release, or a payload that does not fit.
     """
     known = TYPES.get(name)
-    if known is None or version > known[0]:
-        raise TunledgerError(
-            ErrorCode.LOG_CORRUPT, f"event type {name} version {version} is of a newer tunledger than this one"
-        )
     try:
+        if known is None or version > known[0]:
+            raise TunledgerError(
+                ErrorCode.LOG_CORRUPT, f"event type {name} version {version} is of a newer tunledger than this one"
+            )
         while version < known[0]:
             payload = msgspec.json.encode(UPCASTERS[name, version](msgspec.json.decode(payload))).decode()
             version += 1
         return _DECODERS[name].decode(payload)
-    except (msgspec.MsgspecError, ValueError, TypeError) as error:
+    except (msgspec.MsgspecError, LookupError, ValueError, TypeError) as error:
         raise TunledgerError(
             ErrorCode.LOG_CORRUPT, f"a {name} payload of version {version} does not read: {error}"
         ) from error

@@ -8,17 +8,20 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
 from service.domain.counters import Book, Reading, Source
 from service.domain.values import InterfaceId
 from service.store import schema
-from service.store.database import open_reader, unreadable
+from service.store.database import UNREADABLE, open_reader, unreadable
 from service.store.writer import Job
 
 RAW_KEPT = datetime.timedelta(days=1)
 THINNED_AT_ONCE = 1000  # rows; a bite, so that no command waits for it
+
+_RAW = msgspec.json.Decoder(dict[str, int])
 
 
 def load(path: Path) -> Book:
@@ -28,8 +31,8 @@ def load(path: Path) -> Book:
     try:
         with engine.connect() as connection:
             for row in connection.execute(sa.select(table).order_by(table.c.id)):
-                book.resume(Reading(InterfaceId(row.interface_id), Source(row.source), row.key, json.loads(row.raw)))
-    except sa.exc.DatabaseError as error:
+                book.resume(Reading(InterfaceId(row.interface_id), Source(row.source), row.key, _RAW.decode(row.raw)))
+    except (*UNREADABLE, msgspec.MsgspecError, ValueError) as error:  # or a row that says nothing
         raise unreadable(path, error) from error
     finally:
         engine.dispose()

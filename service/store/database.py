@@ -21,6 +21,8 @@ from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.values import NodeId
 from service.store import schema
 
+# What SQLite and its module raise on a damaged file: in a schema, bytes that are no text come as the latter.
+UNREADABLE = (sa.exc.DatabaseError, UnicodeDecodeError)
 BUSY_TIMEOUT_MS = 5000  # a person with the sqlite3 shell may hold the lock; then a write waits this long
 
 
@@ -92,9 +94,16 @@ def _quoted(path: Path) -> str:
 
 
 def revision(path: Path) -> str | None:
-    """The schema revision of a database, None if it has none (new, or empty). Raises TunledgerError: log_corrupt."""
-    if not path.exists() or path.stat().st_size == 0:
-        return None
+    """The schema revision of a database, None if it has none (new, or empty).
+
+    Raises:
+        TunledgerError: log_corrupt; log_unavailable, if there is no looking at it.
+    """
+    try:
+        if not path.exists() or path.stat().st_size == 0:
+            return None
+    except OSError as error:
+        raise unwritable(path, error) from error
     engine = open_reader(path)
     try:
         with engine.connect() as connection:
@@ -102,7 +111,7 @@ def revision(path: Path) -> str | None:
                 return None
             found: str | None = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
             return found
-    except sa.exc.DatabaseError as error:
+    except UNREADABLE as error:
         raise unreadable(path, error) from error
     finally:
         engine.dispose()
@@ -133,6 +142,20 @@ def require_current(path: Path) -> None:
     )
 
 
+def is_migrated(path: Path) -> bool:
+    """Whether a migration has nothing left to do. Raises TunledgerError: log_corrupt, log_unavailable."""
+    if revision(path) != newest():
+        return False
+    engine = open_reader(path)
+    try:
+        with engine.connect() as connection:  # named last: a migration that was cut short leaves it out
+            return connection.execute(sa.select(schema.node.c.id)).first() is not None
+    except UNREADABLE as error:
+        raise unreadable(path, error) from error
+    finally:
+        engine.dispose()
+
+
 def node_id(engine: sa.Engine) -> NodeId:
     """The id of this node, made with the database. Raises TunledgerError: log_corrupt if it is not there."""
     with engine.connect() as connection:
@@ -152,7 +175,7 @@ def unwritable(path: Path, error: OSError) -> TunledgerError:
     return TunledgerError(ErrorCode.LOG_UNAVAILABLE, f"{path}: {error.strerror}; is the folder there and writable?")
 
 
-def unreadable(path: Path, error: sa.exc.SQLAlchemyError) -> TunledgerError:
+def unreadable(path: Path, error: Exception) -> TunledgerError:
     """Why SQLite could not read the database, in its own words."""
     words = getattr(error, "orig", None) or error
     return TunledgerError(ErrorCode.LOG_CORRUPT, f"{path} does not read: {words}")
@@ -183,9 +206,12 @@ class InstanceLock:
             raise TunledgerError(
                 ErrorCode.ALREADY_SERVING, f"{self._path}: this database is in use by {_described(holder)}"
             ) from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, json.dumps(self._who).encode(), 0)
         self._fd = fd
+        try:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, json.dumps(self._who).encode(), 0)
+        except OSError:
+            pass  # a full disk: the lock holds all the same, only its holder goes unnamed
         return self
 
     def __exit__(

@@ -7,7 +7,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from service.store import schema
-from service.store.database import open_writer, require_current, revision, unreadable, unwritable
+from service.store.database import UNREADABLE, open_writer, require_current, revision, unreadable, unwritable
 
 NODE_ID_BYTES = 6  # 12 hex digits: short enough for ifalias and for people
 
@@ -48,7 +48,7 @@ def migrate(path: Path, *, now: Callable[[], str]) -> tuple[str | None, str]:
         with engine.begin() as connection:
             if connection.execute(sa.select(schema.node.c.id)).first() is None:
                 connection.execute(schema.node.insert().values(id=secrets.token_hex(NODE_ID_BYTES), created_at=now()))
-    except sa.exc.DatabaseError as error:
+    except UNREADABLE as error:
         raise unreadable(path, error) from error
     finally:
         engine.dispose()

@@ -1,10 +1,10 @@
 """The tables as queries see them. Migrations make them (`migrations/versions`); a test holds the two together."""
 
-from sqlalchemy import Column, Integer, MetaData, Table, Text
+from sqlalchemy import Column, Integer, LargeBinary, MetaData, Table, Text
 
 # Every schema revision this release knows, oldest first; a database at any other one is not ours to touch.
 # Kept here so that serving does not import alembic (0.2 s); a test compares it with the migration files.
-REVISIONS = ("0001",)
+REVISIONS = ("0001", "0002")
 
 metadata = MetaData()
 
@@ -57,4 +57,30 @@ counter_samples = Table(
     Column("interface_id", Text, primary_key=True),
     Column("sampled_at", Text, primary_key=True),
     Column("totals", Text, nullable=False),
+)
+
+# What was answered to requests with an Idempotency-Key; `status` is NULL until there is an outcome.
+answers = Table(
+    "answers",
+    metadata,
+    Column("actor", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("fingerprint", Text, nullable=False),
+    Column("command_id", Text, nullable=False),
+    Column("recorded_at", Text, nullable=False),
+    Column("status", Integer),
+    Column("body", Text),
+    Column("headers", Text),
+    Column("media_type", Text),
+)
+
+# Folded state at some positions: a cache, believed only as far as `service.store.snapshots` can check it.
+snapshots = Table(
+    "snapshots",
+    metadata,
+    Column("position", Integer, primary_key=True),
+    Column("hash", Text, nullable=False),
+    Column("format", Text, nullable=False),
+    Column("state", LargeBinary, nullable=False),
+    Column("checksum", Text, nullable=False),
 )

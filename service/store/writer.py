@@ -45,6 +45,7 @@ Job = Callable[[sa.Connection], None]
 class _Append:
     drafts: Sequence[ev.Draft]
     encoded: Sequence[tuple[str, int, str]]
+    also: Job | None = None
     done: "Future[list[ev.Recorded]]" = field(default_factory=Future)
 
 
@@ -110,13 +111,15 @@ class LogWriter:
             self._position, self._head = head.position, head.hash
         self._thread.start()
 
-    def append(self, drafts: Sequence[ev.Draft]) -> "Future[list[ev.Recorded]]":
+    def append(self, drafts: Sequence[ev.Draft], also: Job | None = None) -> "Future[list[ev.Recorded]]":
         """Queue events that belong together; the future tells when they are durable, all of them or none.
+
+        `also` are statements on other tables that stand or fall with the events.
 
         The future raises TunledgerError: version_conflict, log_full, log_unavailable. Raised at once: overloaded,
         shutting_down, log_unavailable; and internal, for what has no place in the log: it must not fail its batch.
         """
-        request = _Append(drafts, [self._encoded(draft) for draft in drafts])
+        request = _Append(drafts, [self._encoded(draft) for draft in drafts], also)
         self._submit(request)
         return request.done
 
@@ -195,6 +198,9 @@ class LogWriter:
                 if rows:
                     self._connection.exec_driver_sql(_INSERT_EVENT, rows)
                     self._index_names(accepted)
+                for request, _events in accepted:
+                    if request.also is not None:
+                        request.also(self._connection)
                 failpoints.reach("store.commit.before")
         except Exception as error:  # noqa: BLE001  # every waiting caller must hear of it, whatever it was
             self._position, self._head = before
