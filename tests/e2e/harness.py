@@ -66,6 +66,8 @@ class Service:
         if not self.database.exists():
             migrated = self.command("migrate")
             assert migrated.returncode == 0, migrated.stderr
+        if self.process is not None:
+            self.process.wait(30)  # one at a time: the one before was killed, or is about to be
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "service", "serve"],
