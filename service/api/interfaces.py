@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from litestar import Controller, Request, Response, delete, get, patch, post, put
-from litestar.params import Parameter
+from litestar.params import Parameter, QueryParameter
 
 from service.api import bodies
 from service.api.orders import Orders
@@ -40,7 +40,7 @@ class InterfacesController(Controller):
         orders: Orders,
         name: str | None = None,
         mode: str | None = None,
-        in_state: Annotated[str | None, Parameter(query="state")] = None,
+        in_state: Annotated[str | None, QueryParameter(name="state")] = None,
         label: list[str] | None = None,
         cursor: str | None = None,
         limit: Limit = PAGE_DEFAULT,

@@ -1,0 +1,268 @@
+"""Commands and repairs on a host where every step can fail."""
+
+import asyncio
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.domain import commands as cmd
+from service.domain import events as ev
+from service.domain.errors import ErrorCode, TunledgerError
+from service.domain.steps import CreateLink, DeleteLink, SetMtu
+from service.domain.values import InterfaceName
+from service.kernel.fake import FakeKernel
+from service.reconcile import applier, engine
+from service.reconcile.applier import Applier
+from service.reconcile.rejections import Allowance
+from tests.reconcile.rig import Rig, running
+
+FULL: dict[str, Any] = {
+    "addresses": ["10.1.0.1/24", "fd00:1::1/64"],
+    "mtu": 1400,
+    "processing": {"running": True},
+}
+pytestmark = pytest.mark.anyio
+NO_MEMORY = TunledgerError(ErrorCode.KERNEL_REFUSED, "no memory", errno_name="ENOMEM")
+
+
+def assert_settled(rig: Rig) -> None:
+    """Every intent has one outcome, and nothing is left to do."""
+    assert all(interface.pending is None for interface in rig.engine.state.interfaces.values())
+    assert len(rig.of(ev.CommandApplied, ev.CommandFailed)) == len(
+        rig.of(
+            ev.InterfaceDeclared,
+            ev.InterfaceReconfigured,
+            ev.ProcessingEnabled,
+            ev.ProcessingDisabled,
+            ev.InterfaceRetired,
+        )
+    )
+
+
+async def steps_of_create(tmp_path: Path) -> int:
+    async with running(tmp_path / "dry", FakeKernel()) as rig:
+        await rig.declare(**FULL)
+        return len(rig.kernel.executed)
+
+
+@pytest.mark.parametrize("after", [False, True])
+async def test_a_create_that_fails_at_any_step_leaves_nothing(tmp_path: Path, after: bool) -> None:
+    for number in range(1, await steps_of_create(tmp_path) + 1):
+        kernel = FakeKernel()
+        empty = str(kernel)
+        async with running(tmp_path / str(number), kernel) as rig:
+            kernel.fail(NO_MEMORY, nth=number, after=after)
+            with pytest.raises(TunledgerError, match="no memory"):
+                await rig.declare(**FULL)
+            assert str(kernel) == empty, f"step {number} left something behind"
+            assert rig.plane.held == {}
+            assert rig.engine.state.interfaces == {}
+            (failed,) = rig.of(ev.CommandFailed)
+            assert (failed.errno, failed.undone) == ("ENOMEM", True)
+            assert_settled(rig)
+            await rig.declare(**FULL)
+            assert_settled(rig)
+
+
+async def test_a_change_that_fails_at_any_step_is_undone_in_place(tmp_path: Path) -> None:
+    patch = {"addresses": ["10.2.0.1/24"], "mtu": 1300, "txqueuelen": 77, "processing": {"running": False}}
+    for number in range(1, 6):
+        kernel = FakeKernel()
+        async with running(tmp_path / str(number), kernel) as rig:
+            await rig.declare(**FULL)
+            before = kernel.observe(["tun0"]).links["tun0"]
+            kernel.fail(NO_MEMORY, nth=number)
+            with pytest.raises(TunledgerError, match="no memory"):
+                await rig.change(patch)
+            after = kernel.observe(["tun0"]).links["tun0"]
+            assert (after.ifindex, after.mtu, after.txqueuelen) == (before.ifindex, before.mtu, before.txqueuelen)
+            assert set(after.addresses) == set(before.addresses)
+            assert rig.plane.attached(), "processing runs on, as it did"
+            assert_settled(rig)
+            assert (await rig.engine.drift()) == []
+
+
+async def test_what_cannot_be_undone_is_said_and_mended_later(tmp_path: Path) -> None:
+    kernel = FakeKernel()
+    async with running(tmp_path, kernel) as rig:
+        await rig.declare()
+        kernel.fail(NO_MEMORY, on=SetMtu, after=True)
+        kernel.fail(NO_MEMORY, on=SetMtu)
+        with pytest.raises(TunledgerError):
+            await rig.change({"mtu": 1300})
+        (failed,) = rig.of(ev.CommandFailed)
+        assert failed.undone is False
+        assert rig.engine.troubles
+        await rig.engine.reconcile_now()
+        assert kernel.observe(["tun0"]).links["tun0"].mtu == 1500
+        assert rig.engine.troubles == {}
+
+
+async def test_drift_is_one_event_and_its_repair_another_and_then_there_is_peace(tmp_path: Path) -> None:
+    kernel = FakeKernel()
+    async with running(tmp_path, kernel) as rig:
+        await rig.declare()
+        kernel.outside.set_mtu("tun0", 1000)
+        await rig.engine.reconcile()
+        (drift,), (repair,) = rig.of(ev.DriftDetected), rig.of(ev.DriftRepaired)
+        assert drift.differences == [{"path": "tun0.mtu", "desired": 1500, "observed": 1000}]
+        assert repair.steps == ["ip link set tun0 mtu 1500"]
+        executed, events = len(kernel.executed), len(rig.events())
+        await rig.engine.reconcile()
+        assert (len(kernel.executed), len(rig.events())) == (executed, events)
+
+
+async def test_a_repair_that_keeps_failing_is_told_once_and_backed_off(tmp_path: Path) -> None:
+    kernel = FakeKernel()
+    async with running(tmp_path, kernel) as rig:
+        await rig.declare()
+        kernel.outside.set_mtu("tun0", 1000)
+        kernel.fail(NO_MEMORY, on=SetMtu, times=100)
+        for _ in range(3):
+            await rig.engine.reconcile_now()
+        assert len(rig.of(ev.RepairFailed)) == 1
+        assert len(rig.of(ev.DriftDetected)) == 1
+        (trouble,) = rig.engine.troubles.values()
+        assert trouble.attempts == 3
+        calls = kernel.calls["execute"]
+        await rig.engine.reconcile()
+        assert kernel.calls["execute"] == calls, "it is not due yet"
+        delay = rig.engine.next_retry_s()
+        assert delay is not None
+        assert delay > engine.BACK_OFF_FIRST_S
+        kernel.heal()
+        kernel.fail(TunledgerError(ErrorCode.KERNEL_REFUSED, "another reason"), on=SetMtu)
+        await rig.engine.reconcile_now()
+        assert [failed.message for failed in rig.of(ev.RepairFailed)] == ["no memory", "another reason"]
+
+
+async def test_an_outcome_that_cannot_be_recorded_is_finished_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path, FakeKernel()) as rig:
+        append, calls = rig.writer.append, 0
+
+        def full_at_second(*arguments: Any) -> "Future[list[ev.Recorded]]":
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                raise TunledgerError(ErrorCode.LOG_FULL, "disk full", retry=True)
+            return append(*arguments)
+
+        monkeypatch.setattr(rig.writer, "append", full_at_second)
+        with pytest.raises(TunledgerError) as refused:
+            await rig.declare()
+        assert refused.value.code is ErrorCode.OUTCOME_UNKNOWN
+        (interface,) = rig.engine.state.interfaces.values()
+        assert interface.pending is not None
+        await rig.engine.reconcile()
+        (applied,) = rig.of(ev.CommandApplied)
+        assert applied.by == "recovery"
+        assert_settled(rig)
+
+
+async def test_a_log_that_cannot_be_written_means_no_kernel_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = FakeKernel()
+    async with running(tmp_path, kernel) as rig:
+
+        def full(*_arguments: Any) -> "Future[list[ev.Recorded]]":
+            raise TunledgerError(ErrorCode.LOG_FULL, "disk full", retry=True)
+
+        monkeypatch.setattr(rig.writer, "append", full)
+        with pytest.raises(TunledgerError, match="disk full"):
+            await rig.declare()
+        assert kernel.executed == []
+        kernel_before = str(kernel)
+        await rig.engine.stop(pid=1, reason="test", interfaces="remove")
+        assert str(kernel) == kernel_before
+
+
+async def test_commands_on_one_interface_follow_each_other(tmp_path: Path) -> None:
+    async with running(tmp_path, FakeKernel()) as rig:
+        await rig.declare()
+        await asyncio.gather(*(rig.change({"mtu": 1300 + number}) for number in range(20)))
+        assert len(rig.of(ev.InterfaceReconfigured)) == 20
+        assert_settled(rig)
+        assert rig.engine._locks == {}, "locks of nobody are kept"
+
+
+async def test_the_same_name_at_once_is_made_once(tmp_path: Path) -> None:
+    async with running(tmp_path, FakeKernel()) as rig:
+        answers = await asyncio.gather(*(rig.declare() for _ in range(10)), return_exceptions=True)
+        refused = [a for a in answers if isinstance(a, TunledgerError)]
+        assert (len(refused), {error.code for error in refused}) == (9, {ErrorCode.INTERFACE_EXISTS})
+        assert len([s for s in rig.kernel.executed if isinstance(s, CreateLink)]) == 1
+
+
+async def test_too_many_commands_at_once_are_refused_with_come_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "IN_FLIGHT_MAX", 5)
+    async with running(tmp_path, FakeKernel()) as rig:
+        answers = await asyncio.gather(*(rig.declare(f"tun{n}") for n in range(20)), return_exceptions=True)
+        refused = [a for a in answers if isinstance(a, TunledgerError)]
+        assert {(error.code, error.retry) for error in refused} == {(ErrorCode.OVERLOADED, True)}
+        assert len(rig.engine.state.interfaces) == 20 - len(refused) == 5
+
+
+def test_a_full_queue_of_the_applier_refuses_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(applier, "QUEUE_MAX", 3)
+    hands = Applier()  # not started: nobody empties the queue
+    done = [hands.run(lambda: 1) for _ in range(3)]
+    with pytest.raises(TunledgerError) as refused:
+        hands.run(lambda: 1)
+    assert (refused.value.code, refused.value.retry) == (ErrorCode.OVERLOADED, True)
+    hands.start()
+    assert [each.result(10) for each in done] == [1, 1, 1]
+    hands.close()
+    with pytest.raises(TunledgerError, match="stopping"):
+        hands.run(lambda: 1)
+
+
+async def test_a_worker_that_cannot_take_the_device_fails_the_command_and_frees_it(tmp_path: Path) -> None:
+    async with running(tmp_path, FakeKernel()) as rig:
+        await rig.declare()
+        rig.plane.refusal = RuntimeError("no worker")
+        with pytest.raises(TunledgerError) as refused:
+            await rig.order(cmd.EnableProcessing(InterfaceName("tun0")))
+        assert refused.value.code is ErrorCode.WORKER_FAILED
+        assert rig.kernel.open_devices() == {}
+        assert rig.engine.state.find("tun0").spec.processing.running is False  # type: ignore[union-attr]
+
+
+async def test_a_delete_that_fails_keeps_the_interface(tmp_path: Path) -> None:
+    kernel = FakeKernel()
+    async with running(tmp_path, kernel) as rig:
+        await rig.declare(**FULL)
+        kernel.fail(NO_MEMORY, on=DeleteLink)
+        with pytest.raises(TunledgerError, match="no memory"):
+            await rig.order(cmd.RetireInterface(InterfaceName("tun0")))
+        assert "tun0" in kernel.observe().links
+        assert rig.plane.attached(), "what was stopped for the removal is started again"
+        await rig.order(cmd.RetireInterface(InterfaceName("tun0")))
+        assert "tun0" not in kernel.observe().links
+
+
+async def test_the_next_engine_goes_on_where_one_ended(tmp_path: Path) -> None:
+    kernel = FakeKernel()
+    async with running(tmp_path, kernel) as rig:
+        await rig.declare(**FULL)
+        state = rig.engine.state
+    async with running(tmp_path, kernel) as rig:
+        assert {i.id: i.spec for i in rig.engine.state.interfaces.values()} == {
+            i.id: i.spec for i in state.interfaces.values()
+        }
+        (done,) = rig.of(ev.StartupReconciled)[-1:]
+        assert (done.processing_resumed, done.recreated) == (["tun0"], [])
+
+
+def test_a_flood_of_refusals_is_recorded_as_a_number() -> None:
+    allowance = Allowance(burst=3, per_s=1.0)
+    taken = [allowance.take(1.0) for _ in range(10)]
+    assert [allowed for allowed, _ in taken] == [True] * 3 + [False] * 7
+    assert allowance.take(2.5) == (True, 7)
+    assert allowance.take(2.5) == (False, 0)
