@@ -23,8 +23,9 @@ from service.api import render
 from service.api.access import caller
 from service.api.bodies import Defaults
 from service.api.problems import answer
-from service.api.resources import preview_json
+from service.api.resources import event_json, preview_json
 from service.domain import commands as cmd
+from service.domain.decide import confirm
 from service.domain.errors import ErrorCode, TunledgerError, invalid
 from service.domain.values import CommandId
 from service.reconcile.engine import Clock, Engine
@@ -33,7 +34,8 @@ PARAMETERS = ("dry_run", "allow_overlap", "recreate", "confirm_within_s")
 REASON_CHARS_MAX = 256
 CONFIRM_S_MAX = 24 * 3600
 _KEY = re.compile(r"[!-~]{1,255}")
-_ETAG = re.compile(r'(?:W/)?"[!#-~]*"|\*')
+_ETAG = re.compile(r'(?:W/)?"[!#-~]*"')
+_ETAGS = re.compile(rf"\*|{_ETAG.pattern}(?:[ \t]*,[ \t]*{_ETAG.pattern})*")  # RFC 9110, section 13.1.1
 
 
 @dataclass(slots=True)
@@ -56,12 +58,15 @@ class Orders:
         order = Order(self, request, kind, via, call, body, CommandId(self.clock.new_id()))
         if via != "classic":
             with order.recorded():
-                for name in request.query_params:
+                given = [name for name, _ in request.query_params.multi_items()]
+                for name in given:
                     if name not in PARAMETERS:  # "dryrun=true" must not do it for real
                         known = ", ".join(PARAMETERS)
                         raise TunledgerError(
                             ErrorCode.INVALID_FIELD, f"{name}: unknown parameter; known here: {known}", field=name
                         )
+                    if given.count(name) > 1:  # nor "dry_run=false&dry_run=true"
+                        raise TunledgerError(ErrorCode.INVALID_FIELD, f"{name}: given twice; give it once", field=name)
         return order
 
     def record(self, order: "Order", name: str, refusal: TunledgerError) -> None:
@@ -120,6 +125,9 @@ class Order:
     async def confirm(self, command_id: str) -> Response[bytes]:
         """Make an unconfirmed change stay. Raises TunledgerError: not_awaiting."""
         submission, _ = self._submission(())
+        if self.flag("dry_run"):
+            confirmed = confirm(self.orders.engine.state, command_id, submission.request)
+            return answer({"dry_run": True, "plan": [], "events": [event_json(event) for event in confirmed]})
         await self.orders.engine.confirm(CommandId(command_id), submission.actor, submission.request, self.command_id)
         headers = {render.COMMAND_ID: self.command_id}
         return answer({"command_id": self.command_id, "confirms": command_id, "confirmed": True}, headers=headers)
@@ -149,7 +157,7 @@ class Order:
                 who.actor,
                 request,
                 if_match=None if classic else _etags(headers.get("if-match")),
-                if_none_match=not classic and headers.get("if-none-match", "").strip() == "*",
+                if_none_match=not classic and _must_be_absent(headers.get("if-none-match")),
             ),
             wait,
         )
@@ -194,7 +202,16 @@ def _reason(header: str) -> str:
 def _etags(header: str | None) -> tuple[str, ...] | None:
     if header is None:
         return None
-    found = tuple(match.removeprefix("W/") for match in _ETAG.findall(header))
-    if not found:
-        raise invalid("If-Match", header, 'is not a list of ETags such as "0192f0c0-....3"')
-    return found
+    header = header.strip()
+    if not _ETAGS.fullmatch(header):
+        raise invalid("If-Match", header, 'is not a list of ETags such as "0192f0c0-....3", nor *')
+    return ("*",) if header == "*" else tuple(found.removeprefix("W/") for found in _ETAG.findall(header))
+
+
+def _must_be_absent(header: str | None) -> bool:
+    """If-None-Match on a write. A list of ETags there would have no use; passing over it could overwrite something."""
+    if header is None:
+        return False
+    if header.strip() != "*":
+        raise invalid("If-None-Match", header, "is not *, the one value that writes take")
+    return True

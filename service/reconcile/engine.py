@@ -39,8 +39,8 @@ from service.reconcile.converge import Result, Wanted, converge, inspect, look, 
 from service.reconcile.hands import Hands
 from service.reconcile.rejections import Allowance
 from service.store import answers
-from service.store import counters as counter_store
 from service.store.answers import Kept, Reply
+from service.store.counters import CounterKeeper
 from service.store.writer import Job, LogWriter
 
 IN_FLIGHT_MAX = 256  # commands between their arrival and their outcome; more are refused as overloaded
@@ -170,6 +170,7 @@ class Engine:
         render, recall: make and look up replies to requests with an Idempotency-Key.
         publish: gets recorded events, in order, on the event loop.
         frozen: why nothing may be changed (an unreadable or unverifiable log), or None.
+        keeper: stores counters; by default one with the default intervals.
     """
 
     def __init__(
@@ -187,8 +188,10 @@ class Engine:
         recall: Callable[[str, str], Kept | None],
         publish: Callable[[list[ev.Recorded]], None] = lambda _events: None,
         frozen: str | None = None,
+        keeper: CounterKeeper | None = None,
     ) -> None:
         self.node, self.state, self.book = node, state, book
+        self._keeper = keeper if keeper is not None else CounterKeeper()
         self._writer, self._applier, self._hands = writer, applier, hands
         self._clock, self._boot_id = clock, boot_id
         self._render, self._recall, self._publish = render, recall, publish
@@ -811,7 +814,9 @@ class Engine:
                     readings.append(self.book.take(reading))
             await self._keep(readings)
             old = self._clock.before(answers.KEPT.total_seconds())
-            await asyncio.wrap_future(self._writer.run(answers.thin(old)))
+            # One after the other, so that a command that comes meanwhile waits for one bite at most.
+            for bite in (*self._keeper.tend(self._clock.now()), answers.thin(old)):
+                await asyncio.wrap_future(self._writer.run(bite))
             self._sampled = time.monotonic()
 
     def totals(self, interface_id: InterfaceId) -> dict[str, dict[str, int]]:
@@ -835,17 +840,8 @@ class Engine:
             done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             done.set_result(None)
             return done
-        totals = {
-            interface_id: {
-                f"{source}.{name}": value
-                for source, figures in self.totals(interface_id).items()
-                for name, value in figures.items()
-            }
-            for interface_id in {reading.interface_id for reading in readings}
-        }
-        job = counter_store.store(
-            readings, totals, self._clock.now(), self._clock.before(counter_store.RAW_KEPT.total_seconds())
-        )
+        totals = {interface_id: self.totals(interface_id) for interface_id in {r.interface_id for r in readings}}
+        job = self._keeper.store(readings, totals, self._clock.now())
         return asyncio.wrap_future(self._writer.run(job))
 
     # -- looking
