@@ -17,7 +17,8 @@ def name_of(number: int) -> str:
 def refused(what: str, number: int, words: str = "") -> TunledgerError:
     """The kernel's refusal of `what` ("ip link set tun0 mtu 9000"), with its own words where it gave any."""
     detail = words or os.strerror(number)
-    if number in {errno.EPERM, errno.EACCES}:
+    # With words of its own it is no capability that the kernel misses ("IPv6 is disabled on this device" is EACCES).
+    if number in {errno.EPERM, errno.EACCES} and detail == os.strerror(number):
         return TunledgerError(
             ErrorCode.PERMISSION_DENIED,
             f"{what}: permission denied: needs CAP_NET_ADMIN; run as root or grant the capability in the unit file",

@@ -18,6 +18,7 @@ NLMSG_ERROR: Final = 2
 NLM_F_REQUEST: Final = 0x1
 ANY_COOKIE: Final = 0xFFFFFFFF  # INET_DIAG_NOCOOKIE
 ALL_STATES: Final = 0xFFFFFFFF
+TCP_LISTEN: Final = 10  # include/net/tcp_states.h
 
 _NLMSGHDR = struct.Struct("=IHHII")
 _REQUEST = struct.Struct("=BBBBI")  # family, protocol, extensions, padding, states
@@ -63,6 +64,9 @@ def read_owner(answer: bytes, client: Endpoint) -> int:
         raise _unknown(client, os.strerror(-code))
     if kind != SOCK_DIAG_BY_FAMILY or len(answer) < _NLMSGHDR.size + _ANSWER.size + _SOCKID_BYTES + _TAIL.size:
         raise _unknown(client, "the kernel's answer makes no sense")
+    _family, state, _timer, _retransmits = _ANSWER.unpack_from(answer, _NLMSGHDR.size)
+    if state == TCP_LISTEN:  # what the lookup falls back on when the connection is gone; its owner is anybody
+        raise _unknown(client, "there is no such connection, only somebody who listens on that port")
     tail = _NLMSGHDR.size + _ANSWER.size + _SOCKID_BYTES
     _expires, _rqueue, _wqueue, uid, inode = _TAIL.unpack_from(answer, tail)
     if inode == 0:

@@ -24,6 +24,7 @@ IFF_MULTI_QUEUE = 0x0100
 IFF_TUN_EXCL = 0x8000
 
 _IFREQ = struct.Struct("16sH22x")  # struct ifreq: name, flags, padding to 40 bytes
+_UID, _C_INT = struct.Struct("=I"), struct.Struct("=i")
 
 
 def open_node(path: str = TUN_PATH) -> int:
@@ -53,14 +54,19 @@ def attached_name(fd: int) -> str:
 
 def set_owner(fd: int, uid: int) -> None:
     """TUNSETOWNER: this user may attach besides CAP_NET_ADMIN."""
-    fcntl.ioctl(fd, TUNSETOWNER, uid)
+    fcntl.ioctl(fd, TUNSETOWNER, _as_int(uid))
 
 
 def set_group(fd: int, gid: int) -> None:
     """TUNSETGROUP: members of this group may attach besides CAP_NET_ADMIN."""
-    fcntl.ioctl(fd, TUNSETGROUP, gid)
+    fcntl.ioctl(fd, TUNSETGROUP, _as_int(gid))
 
 
 def set_persist(fd: int) -> None:
     """TUNSETPERSIST: from here on the device outlives its descriptor."""
     fcntl.ioctl(fd, TUNSETPERSIST, 1)
+
+
+def _as_int(number: int) -> int:
+    """A 32-bit id as Python's ioctl takes one: a C int with the same bits. The kernel makes a uid_t of them again."""
+    return int(_C_INT.unpack(_UID.pack(number))[0])

@@ -1,0 +1,1 @@
+"""The rules of tunledger, by tables, cases and properties; no kernel but the fake one."""

@@ -1,0 +1,1 @@
+"""Both kernels against one contract, and what only the real one can show."""
