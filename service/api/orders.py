@@ -124,22 +124,20 @@ class Order:
 
     async def confirm(self, command_id: str) -> Response[bytes]:
         """Make an unconfirmed change stay. Raises TunledgerError: not_awaiting."""
-        submission, _ = self._submission(())
+        submission, _ = self._submission((), confirms=command_id)
         if self.flag("dry_run"):
             confirmed = confirm(self.orders.engine.state, command_id, submission.request)
             return answer({"dry_run": True, "plan": [], "events": [event_json(event) for event in confirmed]})
-        await self.orders.engine.confirm(CommandId(command_id), submission.actor, submission.request, self.command_id)
-        headers = {render.COMMAND_ID: self.command_id}
-        return answer({"command_id": self.command_id, "confirms": command_id, "confirmed": True}, headers=headers)
+        return render.response(await self.orders.engine.confirm(submission))
 
-    def _submission(self, commands: tuple[cmd.Command, ...]) -> tuple[cmd.Submission, bool]:
+    def _submission(self, commands: tuple[cmd.Command, ...], *, confirms: str = "") -> tuple[cmd.Submission, bool]:
         who = caller(self.request)
         headers = self.request.headers
         key = headers.get("idempotency-key", "")
         if "idempotency-key" in headers and not _KEY.fullmatch(key):
             raise invalid("Idempotency-Key", key, "is not a key: 1 to 255 printable ASCII characters without blanks")
         classic = self.via == "classic"
-        wait = classic or "respond-async" not in headers.get("prefer", "").lower()
+        wait = classic or bool(confirms) or "respond-async" not in headers.get("prefer", "").lower()
         request = cmd.Request(
             via=self.via,
             call=self.call if wait else render.ASYNC + self.call,
@@ -149,6 +147,7 @@ class Order:
             key=key,
             fingerprint=self._fingerprint() if key else "",
             confirm_by="" if classic else self._confirm_by(),
+            confirms=confirms,
         )
         return (
             cmd.Submission(

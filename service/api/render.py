@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 from litestar import Response
@@ -43,6 +44,9 @@ def render(
         extra = {"Retry-After": str(RETRY_AFTER_S)} if error.retry and status_v1(error.code) == 503 else {}
         members = problem_json(error) | {"command_id": command_id}
         return _json(status_v1(error.code), members, headers | extra, PROBLEM_TYPE)
+    if request.call == "confirm":
+        told = {"command_id": command_id, "confirms": request.confirms, "confirmed": True}
+        return _json(200, told, headers)
     if request.call == "batch":
         return _json(200, {"command_id": command_id, "interfaces": [_resource(f, request) for f in finished]}, headers)
     (only,) = finished
@@ -51,7 +55,7 @@ def render(
             200, {"command_id": command_id, "id": only.interface_id, "name": only.name, "deleted": True}, headers
         )
     headers["ETag"] = only.interface.etag
-    headers["Location"] = f"/api/v1/interfaces/{only.name}"
+    headers["Location"] = f"/api/v1/interfaces/{quote(only.name, safe='')}"  # names may have "#", "?", "<"
     return _json(201 if only.created else 200, _resource(only, request), headers)
 
 

@@ -106,6 +106,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         key, fingerprint: the Idempotency-Key, and the hash of the request that came with it.
         confirm_by: until when the change has to be confirmed, UTC; it is taken back otherwise.
         reverts: the command whose unconfirmed change this one takes back.
+        confirms: the command whose unconfirmed change this one makes stay.
     """
 
     via: str
@@ -117,6 +118,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     fingerprint: str = ""
     confirm_by: str = ""
     reverts: str = ""
+    confirms: str = ""
 
 
 @dataclass(frozen=True, slots=True)

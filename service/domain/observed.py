@@ -4,7 +4,7 @@ Filled in by `service.kernel`; nothing in here knows netlink.
 """
 
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -87,6 +87,25 @@ class Observed:
             for link in self.links.values()
             if link.token is not None and link.token.node == node
         }
+
+
+def one_each(links: Iterable[ObservedLink], node: str, names: Mapping[InterfaceId, str]) -> list[ObservedLink]:
+    """The link of each declared interface: the one under its name, else the oldest that bears its token.
+
+    A token can be copied onto a second link by whoever may set an alias; that one is then nobody's.
+
+    Args:
+        names: of the declared interfaces, by id.
+    """
+    found: dict[InterfaceId, ObservedLink] = {}
+    for link in links:
+        token = link.token
+        if token is None or token.node != node or token.interface_id not in names:
+            continue
+        known, name = found.get(token.interface_id), names[token.interface_id]
+        if known is None or link.name == name or (known.name != name and link.ifindex < known.ifindex):
+            found[token.interface_id] = link
+    return list(found.values())
 
 
 @dataclass(frozen=True, slots=True)

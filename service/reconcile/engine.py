@@ -14,7 +14,7 @@ was cut off by its client goes on to its outcome all the same. HTTP does not liv
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, assert_never
@@ -27,7 +27,7 @@ from service.domain import events as ev
 from service.domain.counters import Book, Reading, Source, kernel_reading, worker_reading
 from service.domain.decide import confirm, decide, intended, take_back
 from service.domain.errors import ErrorCode, TunledgerError
-from service.domain.observed import Host, ObservedLink
+from service.domain.observed import Host, ObservedLink, one_each
 from service.domain.plan import Difference, Sight, differences, plan
 from service.domain.spec import InterfaceSpec, Processing
 from service.domain.state import Interface, State, Unconfirmed, evolve
@@ -259,48 +259,64 @@ class Engine:
             raise TunledgerError(
                 ErrorCode.OVERLOADED, f"{IN_FLIGHT_MAX} commands are being carried out; try again", retry=True
             )
-        if submission.request.key:
-            return Answer(submission.command_id, reply=await self._once(submission))
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        task = self._spawn(self._carry_out(submission, accepted))
-        if wait:
-            return await asyncio.shield(task)
-        await asyncio.wait({task, accepted}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            answer: Answer = task.result()
+        if submission.request.key:
+            work = self._reply_to(submission, accepted)
+            task = self._once(submission.actor, submission.request, work)
+            if wait or await self._first_is(task, accepted):
+                return Answer(submission.command_id, reply=await asyncio.shield(task))
+            return Answer(submission.command_id)
+        order = self._spawn(self._carry_out(submission, accepted))
+        if wait or await self._first_is(order, accepted):
+            answer: Answer = await asyncio.shield(order)
             return answer
         return Answer(submission.command_id)
 
-    async def _once(self, submission: cmd.Submission) -> Reply:
-        """One effect and one reply for each key of a caller, however often and whenever it is sent."""
-        request = submission.request
-        slot = (submission.actor, request.key)
+    async def _first_is(self, task: "asyncio.Task[Any]", accepted: "asyncio.Future[None]") -> bool:
+        """Whether a task ended before its command was in the log."""
+        await asyncio.wait({task, accepted}, return_when=asyncio.FIRST_COMPLETED)
+        return not accepted.done()
+
+    def _once(self, actor: str, request: cmd.Request, work: Coroutine[Any, Any, Reply]) -> "asyncio.Task[Reply]":
+        """One effect and one reply for each key of a caller, however often and whenever it is sent.
+
+        Raises:
+            TunledgerError: key_reused.
+        """
+        slot = (actor, request.key)
         known = self._under_way.get(slot)
         if known is None:
-            known = _UnderWay(request.fingerprint, self._spawn(self._recalled(submission)))
+            known = _UnderWay(request.fingerprint, self._spawn(self._recalled(actor, request, work)))
             self._under_way[slot] = known
             known.task.add_done_callback(lambda _task: self._under_way.pop(slot, None))
-        elif known.fingerprint != request.fingerprint:
+            return known.task
+        work.close()
+        if known.fingerprint != request.fingerprint:
             raise _key_reused(request.key)
-        return await asyncio.shield(known.task)
+        return known.task
 
-    async def _recalled(self, submission: cmd.Submission) -> Reply:
-        request = submission.request
-        kept = await asyncio.to_thread(self._recall, submission.actor, request.key)
-        if kept is not None:
-            if kept.fingerprint != request.fingerprint:
-                raise _key_reused(request.key)
-            if kept.reply is None:
-                raise TunledgerError(
-                    ErrorCode.OUTCOME_UNKNOWN, f"command {kept.command_id} has no outcome yet; ask again", retry=True
-                )
-            return kept.reply
+    async def _recalled(self, actor: str, request: cmd.Request, work: Coroutine[Any, Any, Reply]) -> Reply:
         try:
-            answer = await self._carry_out(submission, None)
+            kept = await asyncio.to_thread(self._recall, actor, request.key)
+            if kept is None:
+                return await work
+        finally:
+            work.close()
+        if kept.fingerprint != request.fingerprint:
+            raise _key_reused(request.key)
+        if kept.reply is None:
+            raise TunledgerError(
+                ErrorCode.OUTCOME_UNKNOWN, f"command {kept.command_id} has no outcome yet; ask again", retry=True
+            )
+        return kept.reply
+
+    async def _reply_to(self, submission: cmd.Submission, accepted: "asyncio.Future[None]") -> Reply:
+        try:
+            answer = await self._carry_out(submission, accepted)
         except TunledgerError as error:
             if error.retry and error.code in _NOT_SETTLED:
                 raise
-            return self._render(request, submission.command_id, (), error)
+            return self._render(submission.request, submission.command_id, (), error)
         assert answer.reply is not None
         return answer.reply
 
@@ -326,20 +342,30 @@ class Engine:
 
         return Preview(tuple(intents), tuple(await self._apply(look_and_plan)))
 
-    async def confirm(self, command_id: CommandId, actor: str, request: cmd.Request, new_command_id: CommandId) -> None:
-        """Make a change stay that awaits confirmation.
+    async def confirm(self, submission: cmd.Submission) -> Reply:
+        """Make a change stay that awaits confirmation: the one of command `submission.request.confirms`.
 
         Raises:
             TunledgerError: not_awaiting.
         """
         self._refuse_if_closed()
-        names = [u.name for u in self.state.unconfirmed.values() if u.command_id == command_id]
+        work = self._confirm(submission)
+        if submission.request.key:
+            return await asyncio.shield(self._once(submission.actor, submission.request, work))
+        reply: Reply = await asyncio.shield(self._spawn(work))
+        return reply
+
+    async def _confirm(self, submission: cmd.Submission) -> Reply:
+        request, command_id = submission.request, submission.command_id
+        names = [u.name for u in self.state.unconfirmed.values() if u.command_id == request.confirms]
         async with self._locked(names):
             drafts = [
-                self._draft(ev.interface_stream(body.interface_id), body, actor=actor, command_id=new_command_id)
-                for body in confirm(self.state, command_id, request)
+                self._draft(ev.interface_stream(body.interface_id), body, actor=submission.actor, command_id=command_id)
+                for body in confirm(self.state, request.confirms, request)
             ]
-            await self._append(drafts)
+            also = self._closed(submission.actor, command_id, request, (), None) if request.key else None
+            await asyncio.wrap_future(self._writer.append(drafts, also))
+        return self._render(request, command_id, (), None)
 
     async def take_back_overdue(self) -> None:
         """Undo every change that was not confirmed in time."""
@@ -803,10 +829,11 @@ class Engine:
             if self._frozen is not None or time.monotonic() - self._sampled < at_most_every_s:
                 return
             links: list[ObservedLink] = await self._apply(self._hands.kernel.sample)
+            names = {i.id: i.name for i in self.state.interfaces.values()}
             readings = [
                 self.book.take(kernel_reading(link.token.interface_id, self._boot_id, link.ifindex, link.counters))
-                for link in links
-                if link.token is not None and link.token.node == self.node and self._declared(link.token.interface_id)
+                for link in one_each(links, self.node, names)
+                if link.token is not None
             ]
             for device, figures in self._hands.dataplane.counters().items():
                 reading = worker_reading(InterfaceId(device), figures.session, figures.from_kernel, figures.to_kernel)

@@ -164,6 +164,13 @@ def test_respond_async_answers_at_once_with_where_to_ask(api: Service) -> None:
     assert done["state"] == "applied"
     assert done["interfaces"][0]["name"] == "tun1"
     assert exchange(api, "POST", "/api/v1/interfaces", SPEC, Prefer="respond-async")[0] == 409
+    spec = SPEC | {"name": "tun2", "addresses": []}
+    heard = [
+        exchange(api, "POST", "/api/v1/interfaces", spec, Prefer="respond-async", Idempotency_Key="async")
+        for _ in range(3)
+    ]
+    assert {status for status, _, _ in heard} == {202}
+    assert len({headers["location"] for _, headers, _ in heard}) == 1
 
 
 def test_a_batch_is_all_or_none(api: Service) -> None:
@@ -228,7 +235,10 @@ def test_a_change_that_nobody_confirms_takes_itself_back(api: Service) -> None:
 def test_a_confirmed_change_stays_and_a_created_interface_can_be_unconfirmed(api: Service) -> None:
     _, headers, _ = exchange(api, "POST", "/api/v1/interfaces?confirm_within_s=2", SPEC)
     command = headers["tunledger-command-id"]
-    assert exchange(api, "POST", f"/api/v1/commands/{command}/confirm")[0] == 200
+    confirmed = [
+        exchange(api, "POST", f"/api/v1/commands/{command}/confirm", Idempotency_Key="confirm") for _ in range(2)
+    ]
+    assert [(status, body["confirmed"]) for status, _, body in confirmed] == [(200, True)] * 2
     exchange(api, "POST", "/api/v1/interfaces?confirm_within_s=1", {"name": "tun9"})
     eventually(lambda: "tun9" not in links(), what="the way back")
     assert "tun1" in links()

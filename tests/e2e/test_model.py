@@ -177,7 +177,7 @@ def test_the_api_does_what_a_simple_model_says(tmp_path: Path, runs: int) -> Non
     class Here(Machine):
         folder = tmp_path
 
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         Here,
         settings=settings(
             max_examples=runs,

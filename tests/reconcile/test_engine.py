@@ -10,8 +10,9 @@ import pytest
 from service.domain import commands as cmd
 from service.domain import events as ev
 from service.domain.errors import ErrorCode, TunledgerError
+from service.domain.observed import LinkCounters
 from service.domain.steps import CreateLink, DeleteLink, SetMtu
-from service.domain.values import InterfaceName
+from service.domain.values import InterfaceName, Mode
 from service.kernel.fake import FakeKernel
 from service.reconcile import applier, engine
 from service.reconcile.applier import Applier
@@ -245,6 +246,18 @@ async def test_a_delete_that_fails_keeps_the_interface(tmp_path: Path) -> None:
         assert rig.plane.attached(), "what was stopped for the removal is started again"
         await rig.order(cmd.RetireInterface(InterfaceName("tun0")))
         assert "tun0" not in kernel.observe().links
+
+
+async def test_a_copied_token_does_not_count_twice(tmp_path: Path) -> None:
+    kernel = FakeKernel()
+    async with running(tmp_path, kernel) as rig:
+        answer = await rig.declare()
+        kernel.outside.add_link("copy", Mode.TUN, alias=kernel.observe(["tun0"]).links["tun0"].alias)
+        kernel.outside.count("tun0", LinkCounters(rx_packets=10))
+        kernel.outside.count("copy", LinkCounters(rx_packets=500))
+        for _ in range(5):
+            await rig.engine.sample()
+        assert rig.engine.totals(answer.finished[0].interface_id)["kernel"]["rx_packets"] == 10
 
 
 async def test_the_next_engine_goes_on_where_one_ended(tmp_path: Path) -> None:
