@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import uvicorn
 from service import __version__, failpoints, logs
 from service.api import bodies
 from service.api.application import application
+from service.api.events import EventLog
 from service.api.orders import Orders
 from service.api.read import LogView
 from service.api.render import render
@@ -29,18 +31,20 @@ from service.dataplane.supervisor import Supervisor, WorkerExit
 from service.domain import events as ev
 from service.domain.counters import Book, worker_reading
 from service.domain.errors import ErrorCode, TunledgerError
-from service.domain.state import State
 from service.domain.values import InterfaceId, NodeId
 from service.kernel import peer
 from service.kernel.linux import LinuxKernel
 from service.reconcile.applier import Applier
 from service.reconcile.engine import Engine
+from service.reconcile.feed import Feed
 from service.reconcile.hands import Hands
 from service.reconcile.loop import keep_counted, keep_reconciled
 from service.store import counters as counter_store
 from service.store.answers import Answers
+from service.store.counters import CounterKeeper, CounterReader
 from service.store.database import InstanceLock, require_current
-from service.store.reader import LogReader
+from service.store.reader import LogReader, Verification
+from service.store.snapshots import Auditor, Opened, Past, open_log
 from service.store.writer import LogWriter
 
 EX_SOFTWARE, EX_IOERR = 70, 74  # sysexits.h
@@ -139,6 +143,24 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+@dataclass(frozen=True, slots=True)
+class _OpenedLog:
+    """The database as start-up found it. `frozen` says why it may not be written, or is None."""
+
+    reader: LogReader
+    answers: Answers
+    counters: CounterReader
+    log: Opened
+    node: NodeId
+    book: Book
+    frozen: str | None
+
+    def close(self) -> None:
+        """Close all that reads."""
+        for each in (self.reader, self.answers, self.counters):
+            each.close()
+
+
 class _Service:
     """Everything that runs, and the order in which it stops."""
 
@@ -149,19 +171,29 @@ class _Service:
         self._signal: signal.Signals | None = None
         self._broken: str | None = None
         self._server: _Server | None = None
+        self._auditor: Auditor | None = None
+        self._feed = Feed()
 
     async def run(self) -> int:
         """Start, serve, stop; the exit status."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
             loop.add_signal_handler(number, self._on_signal, number)
-        reader, node, state, book, frozen = self._open_log()
-        answers = Answers(self._path)
+        opened = self._open_log()
         engine: Engine | None = None
 
         def on_recorded(events: list[ev.Recorded]) -> None:
             assert engine is not None
             engine.record(events)
+
+        def publish(events: list[ev.Recorded]) -> None:
+            self._feed.publish(events)
+            if self._auditor is not None:
+                self._auditor.noticed(events[-1].position)
+
+        def on_problem(reason: str) -> None:
+            if engine is not None:
+                loop.call_soon_threadsafe(engine.freeze, f"the log does not verify: {reason}")
 
         def on_broken(reason: str) -> None:
             loop.call_soon_threadsafe(self._on_broken, reason)
@@ -181,7 +213,7 @@ class _Service:
 
         writer = LogWriter(
             self._path,
-            node,
+            opened.node,
             now=self._clock.now,
             on_recorded=on_recorded,
             on_broken=on_broken,
@@ -196,52 +228,67 @@ class _Service:
         applier = Applier()
         kernel = LinuxKernel()
         engine = Engine(
-            node=node,
-            state=state,
-            book=book,
+            node=opened.node,
+            state=opened.log.past.state,
+            book=opened.book,
             writer=writer,
             applier=applier,
             hands=Hands(kernel, supervisor),
             clock=self._clock,
             boot_id=boot_id(),
             render=render,
-            recall=answers.find,
-            frozen=frozen,
+            recall=opened.answers.find,
+            publish=publish,
+            frozen=opened.frozen,
+            keeper=CounterKeeper(
+                interval_s=self._config.counters.interval_s,
+                raw_s=self._config.counters.raw_s,
+                minutes_s=self._config.counters.minutes_s,
+                hours_s=self._config.counters.hours_s,
+            ),
         )
         try:
-            if frozen is None:
+            if opened.frozen is None:
+                self._auditor = Auditor(self._path, opened.log, run=writer.run, on_problem=on_problem)
                 writer.start()
             applier.start()
             await asyncio.to_thread(supervisor.start)
-            await self._serve(engine, reader)
+            await self._serve(engine, opened)
         finally:
+            self._feed.close()
             await asyncio.to_thread(supervisor.close)
             await asyncio.to_thread(applier.close)
             kernel.close()
+            if self._auditor is not None:
+                await asyncio.to_thread(self._auditor.close)
             await asyncio.to_thread(writer.close)
-            reader.close()
-            answers.close()
+            opened.close()
         return EX_IOERR if self._broken is not None else 0
 
-    def _open_log(self) -> tuple[LogReader, NodeId, State, Book, str | None]:
+    def _open_log(self) -> "_OpenedLog":
         """Read and verify the log. One that cannot be trusted is served read-only, and nothing is deleted."""
         reader = LogReader(self._path)
+        answers, counters = Answers(self._path), CounterReader(self._path)
+        found, node, book, frozen = Opened(Past(), Verification()), NodeId("unknown"), Book(), None
         try:
             require_current(self._path)
-            found = reader.verify()
-            if not found.problems:
-                return reader, reader.node(), found.state, counter_store.load(self._path), None
-            reasons = "; ".join(found.problems[:3])
-            log.error("the log does not verify: read-only, nothing is changed or deleted", problems=reasons)
-            return reader, NodeId("unknown"), found.state, Book(), f"the log does not verify: {reasons}"
+            found = open_log(reader)
+            node = reader.node()
+            if found.found.problems:
+                frozen = "the log does not verify: " + "; ".join(found.found.problems[:3])
+            else:
+                book = counter_store.load(self._path)
         except TunledgerError as error:
             if error.code is ErrorCode.SCHEMA_MISMATCH:
-                reader.close()
+                for each in (reader, answers, counters):
+                    each.close()
                 raise
-            log.error("the log cannot be read: read-only, nothing is changed or deleted", error=error.message)
-            return reader, NodeId("unknown"), State(), Book(), error.message
+            frozen = error.message
+        if frozen is not None:
+            log.error("read-only: nothing is changed or deleted", reason=frozen)
+        return _OpenedLog(reader, answers, counters, found, node, book, frozen)
 
-    async def _serve(self, engine: Engine, reader: LogReader) -> None:
+    async def _serve(self, engine: Engine, opened: "_OpenedLog") -> None:
         started = ev.ServiceStarted(
             pid=os.getpid(), version=__version__, boot_id=boot_id(), uid=os.geteuid(), address=self._address
         )
@@ -249,7 +296,17 @@ class _Service:
         summary = await engine.start_up(started)
         log.info("reconciled", interfaces=len(engine.state.interfaces), summary=str(summary))
         orders = Orders(engine, self._clock, _defaults(self._config))
-        app = application(orders, LogView(reader), owner_of=peer.owner, own_uid=os.geteuid())
+        if self._auditor is not None:
+            self._auditor.start()
+        app = application(
+            orders,
+            LogView(opened.reader),
+            EventLog(opened.reader, self._feed),
+            opened.counters,
+            owner_of=peer.owner,
+            own_uid=os.geteuid(),
+            audit=self._auditor.progress if self._auditor is not None else None,
+        )
         self._server = _Server(
             uvicorn.Config(
                 app,
@@ -299,6 +356,7 @@ class _Service:
             sys.stderr.flush()
             os._exit(FORCED + number)
         self._signal = number
+        self._feed.close()  # an open stream would keep the server waiting
         if self._server is not None:
             self._server.should_exit = True
 
@@ -306,6 +364,7 @@ class _Service:
         """The log cannot be trusted any more in this process: stop as if killed, and recover from disk."""
         log.error("the log failed; stopping without touching the interfaces", reason=reason)
         self._broken = reason
+        self._feed.close()
         if self._server is not None:
             self._server.should_exit = True
 

@@ -85,9 +85,12 @@ class LoggingSection(Section, frozen=True):
 
 
 class CountersSection(Section, frozen=True):
-    """How often counters are sampled into the database, in seconds."""
+    """How often counters are sampled into the database and how long each resolution is kept, in seconds."""
 
     interval_s: float = 10.0
+    raw_s: float = 86_400.0
+    minutes_s: float = 14 * 86_400.0
+    hours_s: float = 400 * 86_400.0
 
 
 class ShutdownSection(Section, frozen=True):
@@ -284,6 +287,20 @@ SETTINGS: tuple[Setting, ...] = (
         "packet lines written at level debug, the rest being counted; 0 writes none",
     ),
     Setting("counters.interval_s", Number(1, 3600), "s", "time between two samples of the counters"),
+    # Kept to the whole hour, so less than one would be none. Ten years, for whoever has the disk.
+    Setting("counters.raw_s", Number(3600, 315_360_000), "s", "how long samples are kept"),
+    Setting(
+        "counters.minutes_s",
+        Number(3600, 315_360_000),
+        "s",
+        "how long the last sample of each minute is kept; at least as long as samples are",
+    ),
+    Setting(
+        "counters.hours_s",
+        Number(3600, 315_360_000),
+        "s",
+        "how long the last sample of each hour is kept; at least as long as minutes are",
+    ),
     Setting(
         "shutdown.interfaces",
         Choice(get_args(AtStop)),

@@ -15,7 +15,7 @@ from litestar import Request
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Receive, Scope, Send
 
-from service.api.problems import refusal
+from service.api.problems import from_domain
 from service.domain.errors import ErrorCode, TunledgerError
 
 Endpoint = tuple[str, int]
@@ -75,7 +75,7 @@ class Gate:
             # Not a wait: the kernel answers an exact sock_diag query within the sending call, some 30 us.
             scope["state"]["caller"] = self._identify(scope)
         except TunledgerError as error:
-            response = refusal(error)
+            response = from_domain(Request(scope), error)
             await response.to_asgi_response(None, Request(scope))(scope, receive, send)
             return
         await self._app(scope, receive, send)

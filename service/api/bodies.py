@@ -26,16 +26,19 @@ class Defaults:
     mtu: int
 
 
-def document(body: bytes, *, nulls: bool = False) -> dict[str, Any]:
+def document(body: bytes, *, nulls: bool = False, required: bool = False) -> dict[str, Any]:
     """A body as a JSON object; an empty one is an object without fields.
 
     Args:
         nulls: keep fields that are null; otherwise such a field is one not given.
+        required: refuse an empty one: a body that got lost must not reset an interface to its defaults.
 
     Raises:
         TunledgerError: invalid_json; invalid_field, for one that is given twice.
     """
     if not body.strip():
+        if required:
+            raise TunledgerError(ErrorCode.INVALID_JSON, 'body: missing; send an object such as {"mtu": 1400}')
         return {}
     try:
         found = msgspec.json.decode(body)
@@ -112,10 +115,12 @@ def _allow_overlap(body: Mapping[str, Any]) -> bool:
 def spec(body: Mapping[str, Any], name: str | None = None) -> InterfaceSpec:
     """A whole spec as /api/v1 takes it; `name` is the one in the path, which the body may repeat.
 
+    A field that is null is one not given, also within a batch.
+
     Raises:
         TunledgerError: invalid_field.
     """
-    document = dict(body)
+    document = {key: value for key, value in body.items() if value is not None}
     if name is not None:
         document.setdefault("name", name)
         if document["name"] != name:
@@ -131,7 +136,7 @@ def numbered(body: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, str):
             try:
                 found[field] = lookup(value)
-            except KeyError:
+            except (KeyError, ValueError):  # ValueError: a NUL in it
                 raise invalid(field, value, f"is no {'user' if field == 'owner' else 'group'} of this host") from None
     return found
 

@@ -24,6 +24,7 @@ from service.domain.state import Interface
 
 PAGE_MAX, PAGE_DEFAULT = 1000, 100
 HISTORY_MAX = 1000
+POSITION_MAX = 2**63 - 1  # SQLite holds no larger integer
 STATES = ("pending", "applied", "degraded")
 
 Limit = Annotated[int, Parameter(ge=1, le=PAGE_MAX)]
@@ -68,7 +69,7 @@ class InterfacesController(Controller):
         """Make an interface that does not exist yet."""
         order = orders.begin(request, "DeclareInterface", "v1", "create", body)
         with order.recorded() as named:
-            document = bodies.document(body)
+            document = bodies.document(body, required=True)
             named.name = bodies.recordable(document.get("name"))
             command = cmd.DeclareInterface(bodies.spec(document), order.flag("allow_overlap"))
         return await order.carry_out(command)
@@ -88,7 +89,7 @@ class InterfacesController(Controller):
         order = orders.begin(request, "ReplaceInterface", "v1", "replace", body)
         with order.recorded() as named:
             named.name = bodies.recordable(name)
-            spec = bodies.spec(bodies.document(body), values.parse_name(name))
+            spec = bodies.spec(bodies.document(body, required=True), values.parse_name(name))
             command = cmd.ReplaceInterface(spec, order.flag("allow_overlap"), order.flag("recreate"))
         return await order.carry_out(command)
 
@@ -100,7 +101,7 @@ class InterfacesController(Controller):
         order = orders.begin(request, "PatchInterface", "v1", "change", body)
         with order.recorded() as named:
             named.name = bodies.recordable(name)
-            patch = bodies.numbered(bodies.document(body, nulls=True))
+            patch = bodies.numbered(bodies.document(body, nulls=True, required=True))
             command = cmd.PatchInterface(
                 values.parse_name(name), patch, order.flag("allow_overlap"), order.flag("recreate")
             )
@@ -151,7 +152,9 @@ class CommandsController(Controller):
         order = orders.begin(request, "Batch", "v1", "batch", body)
         with order.recorded():
             commands = bodies.batch(
-                bodies.document(body), allow_overlap=order.flag("allow_overlap"), recreate=order.flag("recreate")
+                bodies.document(body, required=True),
+                allow_overlap=order.flag("allow_overlap"),
+                recreate=order.flag("recreate"),
             )
         return await order.carry_out(*commands)
 
@@ -177,12 +180,15 @@ class CommandsController(Controller):
         view: LogView,
         name: str | None = None,
         id: str | None = None,  # noqa: A002  # the query parameter's name
-        before: Annotated[int | None, Parameter(ge=1)] = None,
+        before: Annotated[int, Parameter(ge=1, le=POSITION_MAX)] = POSITION_MAX,
         limit: Annotated[int, Parameter(ge=1, le=HISTORY_MAX)] = 100,
     ) -> Response[bytes]:
         """The latest changes, newest first: of everything, of a name over all its interfaces, or of one id."""
-        entries, following = await asyncio.to_thread(view.history, name, limit, interface_id=id, before=before)
-        if (name is not None or id is not None) and not entries and before is None:
+        first = before == POSITION_MAX
+        entries, following = await asyncio.to_thread(
+            view.history, name, limit, interface_id=id, before=None if first else before
+        )
+        if (name is not None or id is not None) and not entries and first:
             raise TunledgerError(ErrorCode.NOT_FOUND, f"nothing is known of an interface {id or name}")
         return answer({"history": entries, "next": following})
 

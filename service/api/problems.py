@@ -129,15 +129,33 @@ def from_http(request: Request[Any, Any, Any], error: HTTPException) -> Response
         case HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             text = f"body: over {BODY_MAX_BYTES} bytes"
         case _:
-            text = error.detail or HTTPStatus(error.status_code).phrase
+            text = _about(error) or error.detail or HTTPStatus(error.status_code).phrase
     if not _is_v1(request):
         return answer({"error": text}, error.status_code, error.headers)
     code = _CODES.get(HTTPStatus(error.status_code), ErrorCode.INVALID_FIELD)
-    members = problem_json(TunledgerError(code, text)) | {"status": error.status_code}
+    members = problem_json(TunledgerError(code, text, field=_field(error))) | {"status": error.status_code}
     headers = dict(error.headers or {})
     return Response(
         msgspec.json.encode(members), status_code=error.status_code, media_type=PROBLEM_TYPE, headers=headers
     )
+
+
+def _field(error: HTTPException) -> str | None:
+    """The parameter that litestar could not make sense of."""
+    match error.extra:
+        case [{"key": str(key)}, *_]:
+            return key
+        case _:
+            return None
+
+
+def _about(error: HTTPException) -> str | None:
+    """litestar's words on a parameter, led by its name; its `detail` names the URL only."""
+    match error.extra:
+        case [{"key": str(key), "message": str(message)}, *_]:
+            return f"{key}: {message[:1].lower()}{message[1:]}"
+        case _:
+            return None
 
 
 _CODES: Final[Mapping[HTTPStatus, ErrorCode]] = {

@@ -129,12 +129,13 @@ def preview_json(preview: Preview) -> dict[str, Any]:
     return {
         "dry_run": True,
         "plan": [plan_json(*each) for each in preview.plans],
-        "events": [_event_json(intent) for intent in preview.intents],
+        "events": [event_json(intent) for intent in preview.intents],
     }
 
 
-def _event_json(intent: ev.Intent) -> dict[str, Any]:
-    kind, version, payload = encode(intent)
+def event_json(event: ev.Event) -> dict[str, Any]:
+    """An event as it would be written: its name and version in the log, and its payload."""
+    kind, version, payload = encode(event)
     return {"type": kind, "schema_version": version, "payload": msgspec.json.decode(payload)}
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import sqlalchemy as sa
 
-from service.cli.client import CallError, Client
+from service.cli.client import CallError, Client, url_of
 from service.config import Config
 from service.domain.errors import TunledgerError
 from service.kernel import tundev
@@ -69,7 +69,7 @@ def _device_node() -> Finding:
 def _service(config: Config) -> Finding:
     host, port = config.server.host, config.server.port
     try:
-        health = Client(f"http://{host}:{port}").get("/health", ok=(200, 503))
+        health = Client(url_of(host, port)).get("/health", ok=(200, 503))
         if health.get("service") == "tunledger":
             if health["status"] == "healthy":
                 return Finding("service", "ok", f"tunledger answers on {host}:{port}")

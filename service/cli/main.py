@@ -1,25 +1,57 @@
-"""The command line: options, and which function does what. What takes long to import is imported where it is used.
+"""The `tunledger` command: the group, and what concerns the service itself. Other commands are in modules by subject.
 
-Exit status: 0 done; 1 it was refused, or a check found something; 2 bad usage or configuration; 3 no service answers.
+What takes long to import is imported where it is used: `tunledger list` must not wait for litestar or SQLAlchemy.
 """
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from service import __version__
-from service.cli import show
-from service.config import ConfigError, Flag, Loaded, load
+from service.cli import completion, events, files, host, interfaces, log, show
+from service.cli.options import (
+    FAILED,
+    USAGE,
+    Remote,
+    config_option,
+    fail,
+    load,
+    output_option,
+    remote_options,
+    segment,
+    url_option,
+)
 from service.domain.errors import ErrorCode, TunledgerError
 
-FAILED, USAGE, UNREACHABLE = 1, 2, 3
+
+class _Subjects(click.Group):
+    """The group's help, with its commands by subject instead of all in one list."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands under their subjects, those of this module last."""
+        subjects = [(title, [command.name or "" for command in module.COMMANDS]) for title, module in SUBJECTS.items()]
+        grouped = {name for _, names in subjects for name in names}
+        subjects.append(("The service", [name for name in self.list_commands(ctx) if name not in grouped]))
+        for title, names in subjects:
+            limit = formatter.width - 6 - max(map(len, self.commands))
+            with formatter.section(title):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(limit)) for name in names])
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+SUBJECTS: dict[str, Any] = {
+    "Interfaces": interfaces,
+    "Files": files,
+    "The host": host,
+    "What happened": log,
+    "The log": events,
+    "The shell": completion,
+}
+
+
+@click.group(cls=_Subjects, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="tunledger")
 def cli() -> None:
     """TUN/TAP interfaces over REST, every command in an event log first.
@@ -27,62 +59,14 @@ def cli() -> None:
     \b
     Examples:
       tunledger migrate && tunledger serve
-      tunledger status
-      tunledger history tun0
-      tunledger verify
+      tunledger create tun0 --address 10.0.0.1/24 --start
+      tunledger apply -f lab.yaml --dry-run
+      tunledger history tun0 --changes
     """
 
 
-Command = Callable[..., None]
-
-
-def _config_option(function: Command) -> Command:
-    return click.option(
-        "--config", "-c", type=click.Path(path_type=Path, dir_okay=True), help="Configuration file (JSON)."
-    )(function)
-
-
-def _output_option(function: Command) -> Command:
-    return click.option(
-        "--output", "-o", type=click.Choice(["table", "json"]), default="table", show_default=True, help="For whom."
-    )(function)
-
-
-def _url_option(function: Command) -> Command:
-    return click.option("--url", help="Where the service is; by default as configured.")(function)
-
-
-def _load(config: Path | None, **flags: tuple[str, Any]) -> Loaded:
-    given = {
-        key.replace("__", "."): Flag(spelling, value) for key, (spelling, value) in flags.items() if value is not None
-    }
-    try:
-        return load(file=config, environ=os.environ, flags=given)
-    except ConfigError as error:
-        _fail("\n".join(str(problem) for problem in error.problems), USAGE)
-
-
-def _fail(message: str, status: int = FAILED) -> NoReturn:
-    click.secho("tunledger: " + message, fg="red" if sys.stderr.isatty() else None, err=True)
-    sys.exit(status)
-
-
-def _call(config: Path | None, url: str | None, path: str, **params: Any) -> Any:
-    from service.cli.client import CallError, Client
-
-    ok = params.pop("ok", (200,))
-    if url is None:
-        server = _load(config).config.server
-        host = f"[{server.host}]" if ":" in server.host else server.host
-        url = f"http://{host}:{server.port}"
-    try:
-        return Client(url).get(path, params, ok=ok)
-    except CallError as error:
-        _fail(str(error), FAILED if error.reachable else UNREACHABLE)
-
-
 @cli.command()
-@_config_option
+@config_option
 @click.option("--host", help="Loopback address to listen on.")
 @click.option("--port", help="Port to listen on; 0 for any free one.")
 @click.option("--database", "database_url", help="SQLAlchemy URL of the log.")
@@ -91,7 +75,7 @@ def serve(
     config: Path | None, host: str | None, port: str | None, database_url: str | None, log_level: str | None
 ) -> None:
     """Run the service in the foreground until SIGINT, SIGTERM or SIGQUIT."""
-    loaded = _load(
+    loaded = load(
         config,
         server__host=("--host", host),
         server__port=("--port", port),
@@ -104,23 +88,23 @@ def serve(
         status = run(loaded.config)
     except TunledgerError as error:
         bad_setting = error.code in {ErrorCode.INVALID_FIELD, ErrorCode.SCHEMA_MISMATCH}
-        _fail(error.message, USAGE if bad_setting else FAILED)
+        fail(error.message, USAGE if bad_setting else FAILED)
     sys.exit(status)
 
 
 @cli.command()
-@_config_option
+@config_option
 @click.option("--database", "database_url", help="SQLAlchemy URL of the log.")
 def migrate(config: Path | None, database_url: str | None) -> None:
     """Make the database, or bring it to this release's schema."""
-    loaded = _load(config, database__url=("--database", database_url))
+    loaded = load(config, database__url=("--database", database_url))
     from service.cli.local import migrate as run
 
     path = loaded.config.database.path
     try:
         before, after = run(path)
     except TunledgerError as error:
-        _fail(error.message)
+        fail(error.message)
     if before == after:
         click.echo(f"{path} is at schema {after} already")
     elif before is None:
@@ -130,127 +114,144 @@ def migrate(config: Path | None, database_url: str | None) -> None:
 
 
 @cli.command()
-@_config_option
-@_url_option
-@_output_option
-def status(config: Path | None, url: str | None, output: str) -> None:
-    """The service's health, and all interfaces."""
-    health = _call(config, url, "/health", ok=(200, 503))
-    interfaces = _call(config, url, "/api/v1/interfaces")["interfaces"]
-    if output == "json":
-        show.emit_json({"health": health, "interfaces": interfaces})
+@remote_options
+def status(remote: Remote) -> None:
+    """The service's health, and all interfaces.
+
+    \b
+    Example:
+      tunledger status
+    """
+    health = remote.get("/health", ok=(200, 503))
+    found = remote.pages("/interfaces", "interfaces")
+    if remote.json:
+        show.emit_json({"health": health, "interfaces": found})
     else:
         click.echo(
             f"tunledger {health['version']}, node {health['node']}, log position {health['log_position']}: "
             + (health["status"] if health["status"] == "healthy" else f"unhealthy: {health.get('error')}")
         )
-        rows = [_status_row(interface) for interface in interfaces]
-        if rows:
-            show.table(("NAME", "MODE", "ADDRESSES", "MTU", "UP", "PROCESSING", "STATE", "GENERATION"), rows)
-        else:
-            click.echo("no interfaces")
+        interfaces.show_list(found)
     if health["status"] != "healthy":
         sys.exit(FAILED)
 
 
-def _status_row(interface: dict[str, Any]) -> list[str]:
-    spec = interface["spec"] or {}
-    state = interface["status"]["state"]
-    reason = interface["status"]["reason"]
-    return [
-        interface["name"],
-        str(spec.get("mode", "")),
-        " ".join(spec.get("addresses", [])),
-        str(spec.get("mtu", "")),
-        "yes" if spec.get("up") else "no",
-        "running" if spec.get("processing", {}).get("running") else "stopped",
-        f"{state} ({reason})" if reason else state,
-        str(interface["generation"]),
-    ]
-
-
 @cli.command()
+@remote_options
 @click.argument("name", required=False)
-@_config_option
-@_url_option
-@_output_option
-@click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True, help="The latest so many.")
-def history(config: Path | None, url: str | None, output: str, name: str | None, limit: int) -> None:
-    """Who changed what, when, and what came of it; of one NAME over all its interfaces, or of everything."""
-    path = f"/api/v1/interfaces/{_segment(name)}/history" if name else "/api/v1/history"
-    entries = _call(config, url, path, limit=limit)["history"]
-    if output == "json":
-        show.emit_json(entries)
+@click.option("--id", "interface_id", metavar="ID", help="The one with this id, although it was retired.")
+@click.option("--from", "after", metavar="TIME", help="Over time, from then on: 2026-11-22T13:00:00Z, or -1h ago.")
+@click.option("--to", "upto", metavar="TIME", help="Until then; by default until now.")
+@click.option("--step", metavar="STEP", help="A point for each: 30, 1m, 6h; by default as many as make a picture.")
+def counters(
+    remote: Remote,
+    name: str | None,
+    interface_id: str | None,
+    after: str | None,
+    upto: str | None,
+    step: str | None,
+) -> None:
+    """Lifetime packets and bytes: over recreation, restart and crash; and their rates over time.
+
+    \b
+    Examples:
+      tunledger counters
+      tunledger counters tun0
+      tunledger counters tun0 --from -1h --step 1m
+    """
+    given: dict[str, Any] = {"id": interface_id, "from": after, "to": upto, "step": step}
+    if name is None:
+        if any(value is not None for value in given.values()):
+            fail("--id, --from, --to and --step are for one interface: give its NAME", USAGE)
+        found = remote.get("/counters")["counters"]
+        if remote.json:
+            show.emit_json(found)
+        else:
+            _show_totals({interface: {s: figures[s] for s in SOURCES} for interface, figures in found.items()})
         return
-    rows = [
-        [
-            str(entry["position"]),
-            show.when(entry["recorded_at"]),
-            _who(entry),
-            entry["name"] or "",
-            entry["what"],
-            _outcome(entry),
-            show.took(entry["took_us"]),
-        ]
-        for entry in reversed(entries)
-    ]
-    show.table(("POS", "WHEN", "WHO", "NAME", "WHAT", "OUTCOME", "TOOK"), rows, right=("POS", "TOOK"))
-
-
-def _who(entry: dict[str, Any]) -> str:
-    return f"{entry['user']} ({entry['actor']})" if entry["user"] else entry["actor"]
-
-
-def _outcome(entry: dict[str, Any]) -> str:
-    text = entry["outcome"] or ""
-    if entry.get("by") == "recovery":
-        text += " (by recovery)"
-    if entry["message"]:
-        text += f": {entry['message']}"
-    return text
-
-
-def _segment(name: str) -> str:
-    from urllib.parse import quote
-
-    return quote(name, safe="")
-
-
-@cli.command()
-@click.argument("name", required=False)
-@_config_option
-@_url_option
-@_output_option
-def counters(config: Path | None, url: str | None, output: str, name: str | None) -> None:
-    """Lifetime packets and bytes: over recreation, restart and crash."""
-    path = f"/api/v1/interfaces/{_segment(name)}/counters" if name else "/api/v1/counters"
-    found = _call(config, url, path)["counters"]
-    if output == "json":
+    found = remote.get(f"/interfaces/{segment(name)}/counters", **given)
+    if remote.json:
         show.emit_json(found)
-        return
+    elif "points" in found:
+        _show_points(found["points"])
+    else:
+        _show_totals({name: found["totals"]}, found["rates"])
+
+
+SOURCES = ("kernel", "worker")
+
+
+def _show_totals(found: dict[str, Any], rates: dict[str, Any] | None = None) -> None:
     rows = [
         [interface, source, counter, f"{value:,}"]
-        for interface, figures in found.items()
-        for source in ("kernel", "worker")
-        for counter, value in figures[source].items()
+        + ([] if rates is None else [_rate(rates[source][counter]) if counter in rates[source] else ""])
+        for interface, totals in found.items()
+        for source in SOURCES
+        for counter, value in totals[source].items()
     ]
-    show.table(("NAME", "COUNTED BY", "COUNTER", "TOTAL"), rows, right=("TOTAL",))
+    columns = ("NAME", "COUNTED BY", "COUNTER", "TOTAL", *(("A SECOND",) if rates is not None else ()))
+    show.table(columns, rows, right=("TOTAL", "A SECOND"))
+
+
+# The kernel's, as the host sees them; what a worker counted is in the JSON.
+_SHOWN = ("rx_packets", "rx_bytes", "tx_packets", "tx_bytes", "rx_dropped", "tx_dropped")
+
+
+def _show_points(points: list[dict[str, Any]]) -> None:
+    """Rates over time; where nothing was observed there are none, and a gap says how long it was."""
+    rows = [
+        [show.when(point["at"])]
+        + [_rate(point["rates"]["kernel"][name]) if point["rates"] is not None else "" for name in _SHOWN]
+        + [f"{point['gap_s']:,.0f} s not observed" if point["gap"] else ""]
+        for point in points
+    ]
+    if not rows:
+        click.echo("no samples in this time")
+        return
+    heads = tuple(f"{name.replace('_', ' ').upper()}/S" for name in _SHOWN)
+    show.table(("AT", *heads, "GAP"), rows, right=heads)
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _known_head(_: click.Context, option: click.Parameter, value: str | None) -> tuple[int, str] | None:
+    """A head as it was told: a position and the whole hash."""
+    if value is None:
+        return None
+    position, colon, digest = value.strip().partition(":")
+    known = digest.lower()
+    if not (colon and position.isascii() and position.isdigit() and len(known) == 64 and set(known) <= _HEX):
+        raise click.BadParameter("expected POSITION:HASH, the hash with its 64 hex digits", param=option)
+    return int(position), known
+
+
+_HEX = frozenset("0123456789abcdef")
 
 
 @cli.command()
-@_config_option
+@config_option
 @click.option("--database", "database_url", help="SQLAlchemy URL of the log.")
-@_url_option
-@_output_option
-def verify(config: Path | None, database_url: str | None, url: str | None, output: str) -> None:
+@click.option(
+    "--head",
+    metavar="POSITION:HASH",
+    callback=_known_head,
+    help="An event known from before, which must still be in the log: the head as it was told then.",
+)
+@url_option
+@output_option
+def verify(
+    config: Path | None, database_url: str | None, head: tuple[int, str] | None, url: str | None, output: str
+) -> None:
     """Check the log's hash chain, and that folding it gives the state the service shows.
 
     Reads the database itself, so it works with the service running or stopped.
     """
-    loaded = _load(config, database__url=("--database", database_url))
+    loaded = load(config, database__url=("--database", database_url))
     from service.cli.local import verify as run
 
-    report = run(loaded.config, url)
+    report = run(loaded.config, url, head)
     if output == "json":
         show.emit_json(report)
     else:
@@ -265,11 +266,11 @@ def verify(config: Path | None, database_url: str | None, url: str | None, outpu
 
 
 @cli.command()
-@_config_option
-@_output_option
+@config_option
+@output_option
 def doctor(config: Path | None, output: str) -> None:
     """Check what commonly goes wrong, and say how to mend it."""
-    loaded = _load(config)
+    loaded = load(config)
     from service.cli.doctor import examine
 
     findings = examine(loaded.config)
@@ -287,19 +288,24 @@ def config() -> None:
 
 
 @config.command(name="show")
-@_config_option
-@_output_option
+@config_option
+@output_option
 def config_show(config: Path | None, output: str) -> None:
     """The configuration in force, and where each value came from."""
     from service.config import SETTINGS, shown
 
-    loaded = _load(config)
+    loaded = load(config)
     rows = [(s.key, s.of(loaded.config), loaded.origins[s.key], s.meaning) for s in SETTINGS]
     if output == "json":
         show.emit_json({key: {"value": value, "origin": origin} for key, value, origin, _ in rows})
     else:
         cells = [[key, shown(value), origin, meaning] for key, value, origin, meaning in rows]
         show.table(("SETTING", "VALUE", "FROM", "MEANING"), cells)
+
+
+for subject in SUBJECTS.values():
+    for command in subject.COMMANDS:
+        cli.add_command(command)
 
 
 def main() -> None:

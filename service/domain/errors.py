@@ -92,3 +92,9 @@ def shown(value: object) -> str:
         case _:
             text = str(value)
     return text if len(text) <= 64 else text[:61] + "..."
+
+
+def shown_key(key: str) -> str:
+    """A field's name as it was given, cut at 64 characters: it goes into errors and the log."""
+    text = "".join(char if char.isprintable() else "?" for char in key)
+    return text if len(text) <= 64 else text[:61] + "..."

@@ -21,6 +21,7 @@ Times are integers, milliseconds since the epoch, UTC. Pure: no clock, no databa
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from functools import lru_cache
 from itertools import groupby
 from operator import sub
 
@@ -37,6 +38,7 @@ WORKER: tuple[str, ...] = tuple(f"{direction}.{unit}" for direction in DIRECTION
 Figures = tuple[int, ...]  # lifetime totals: KERNEL, then WORKER
 Classes = Mapping[str, tuple[int, int]]  # "from_kernel.ipv4.tcp" -> lifetime packets, bytes
 NONE: Figures = (0,) * (len(KERNEL) + len(WORKER))
+NO_CLASSES: Classes = {}  # one for all rows: a thousand empty ones a sample keep the garbage collector busy
 
 
 class Tier(Enum):
@@ -64,7 +66,7 @@ class Row:
     figures: Figures
     gap_ms: int = 0
     missed: Figures | None = None
-    classes: Classes = field(default_factory=dict)
+    classes: Classes = field(default_factory=lambda: NO_CLASSES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,21 +116,31 @@ def bucket_start(at: int, width_ms: int) -> int:
     return at // width_ms * width_ms
 
 
-def figures_of(totals: Mapping[str, Mapping[str, int]]) -> tuple[Figures, dict[str, tuple[int, int]]]:
+def figures_of(totals: Mapping[str, Mapping[str, int]]) -> tuple[Figures, Classes]:
     """Lifetime totals by source and name, as a book has them: the figures of a row, and all classes."""
     kernel, worker = totals.get(Source.KERNEL, {}), totals.get(Source.WORKER, {})
     own = tuple(kernel.get(name, 0) for name in KERNEL)
     if not worker:
-        return own + (0,) * len(WORKER), {}
+        return own + (0,) * len(WORKER), NO_CLASSES
     classes: dict[str, list[int]] = {}
-    sums = dict.fromkeys(WORKER, 0)
+    sums = [0] * len(WORKER)
     for name, value in worker.items():
-        which, _, unit = name.rpartition(".")
-        classes.setdefault(which, [0, 0])[unit == "bytes"] = value
-        summed = f"{which.partition('.')[0]}.{unit}"
-        if summed in sums:
-            sums[summed] += value
-    return own + tuple(sums.values()), {which: (packets, size) for which, (packets, size) in classes.items()}
+        which, unit, place = _place(name)
+        pair = classes.get(which)
+        if pair is None:
+            pair = classes[which] = [0, 0]
+        pair[unit] = value
+        if place is not None:
+            sums[place] += value
+    return (*own, *sums), {which: (packets, size) for which, (packets, size) in classes.items()}
+
+
+@lru_cache(maxsize=1024)
+def _place(name: str) -> tuple[str, int, int | None]:
+    """Of "from_kernel.ipv4.tcp.bytes": the class, whether it is bytes, and which of `WORKER` it adds to."""
+    which, _, unit = name.rpartition(".")
+    summed = f"{which.partition('.')[0]}.{unit}"
+    return which, int(unit == "bytes"), WORKER.index(summed) if summed in WORKER else None
 
 
 def totals_of(figures: Figures, classes: Classes) -> dict[str, dict[str, int]]:

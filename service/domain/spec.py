@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from service.domain import values
-from service.domain.errors import ErrorCode, TunledgerError, invalid
+from service.domain.errors import ErrorCode, TunledgerError, invalid, shown_key
 from service.domain.values import Address, InterfaceName, Mode, Mtu
 
 ADDRESSES_MAX = 64
@@ -126,8 +126,8 @@ def refuse_unknown(document: Mapping[str, object], known: tuple[str, ...], prefi
         if key not in known:
             raise TunledgerError(
                 ErrorCode.INVALID_FIELD,
-                f"{prefix}{key}: unknown field; known here: {', '.join(known)}",
-                field=f"{prefix}{key}",
+                f"{prefix}{shown_key(key)}: unknown field; known here: {', '.join(known)}",
+                field=f"{prefix}{shown_key(key)}",
             )
 
 

@@ -4,7 +4,7 @@ from sqlalchemy import Column, Integer, LargeBinary, MetaData, Table, Text
 
 # Every schema revision this release knows, oldest first; a database at any other one is not ours to touch.
 # Kept here so that serving does not import alembic (0.2 s); a test compares it with the migration files.
-REVISIONS = ("0001", "0002")
+REVISIONS = ("0001", "0002", "0003")
 
 metadata = MetaData()
 
@@ -51,12 +51,53 @@ counter_incarnations = Table(
     Column("raw", Text, nullable=False),
 )
 
-counter_samples = Table(
-    "counter_samples",
+# The small number that stands for an interface in the rows below; `first_at` is its first sample.
+counter_interfaces = Table(
+    "counter_interfaces",
     metadata,
-    Column("interface_id", Text, primary_key=True),
-    Column("sampled_at", Text, primary_key=True),
-    Column("totals", Text, nullable=False),
+    Column("number", Integer, primary_key=True),
+    Column("interface_id", Text, nullable=False),
+    Column("first_at", Integer, nullable=False),
+)
+
+
+def _tier(name: str) -> Table:
+    """Lifetime totals of one resolution: see `service.domain.series`. Times in ms since the epoch, UTC."""
+    figures = (
+        *("rx_packets", "tx_packets", "rx_bytes", "tx_bytes", "rx_errors", "tx_errors", "rx_dropped", "tx_dropped"),
+        *("from_kernel_packets", "from_kernel_bytes", "to_kernel_packets", "to_kernel_bytes"),
+    )
+    return Table(
+        name,
+        metadata,
+        Column("at", Integer, primary_key=True),
+        Column("interface", Integer, primary_key=True, autoincrement=False),
+        Column("lag_ms", Integer, nullable=False),
+        *(Column(figure, Integer, nullable=False) for figure in figures),
+        Column("gap_ms", Integer, nullable=False),
+        Column("missed", Text),
+        Column("classes", Text),
+    )
+
+
+counter_raw = _tier("counter_raw")
+counter_minutes = _tier("counter_minutes")
+counter_hours = _tier("counter_hours")
+
+# One row: how many samples were written and when the last, how far minutes and hours are complete (in the bucket
+# after that: up to which interface), and up to where samples and minutes are gone.
+counter_progress = Table(
+    "counter_progress",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("sequence", Integer, nullable=False),
+    Column("last_at", Integer, nullable=False),
+    Column("minutes_at", Integer, nullable=False),
+    Column("minutes_interface", Integer, nullable=False),
+    Column("hours_at", Integer, nullable=False),
+    Column("hours_interface", Integer, nullable=False),
+    Column("raw_thinned", Integer, nullable=False),
+    Column("minutes_thinned", Integer, nullable=False),
 )
 
 # What was answered to requests with an Idempotency-Key; `status` is NULL until there is an outcome.

@@ -88,6 +88,7 @@ class LogWriter:
         self._trouble: str | None = None
         self._broken: str | None = None
         self._closed = False
+        self._gate = threading.Lock()  # between `close` and the last request: none may queue behind the stop
         self._engine = open_writer(path)
         self._connection: sa.Connection | None = None
 
@@ -135,9 +136,10 @@ class LogWriter:
 
     def close(self) -> None:
         """Write what is queued, then stop."""
-        if self._closed:
-            return
-        self._closed = True
+        with self._gate:
+            if self._closed:
+                return
+            self._closed = True
         if self._thread.is_alive():
             self._queue.put(_Stop())
             self._thread.join()
@@ -148,14 +150,15 @@ class LogWriter:
     def _submit(self, request: _Append | _Run) -> None:
         if self._broken is not None:
             raise TunledgerError(ErrorCode.LOG_UNAVAILABLE, f"the log cannot be written: {self._broken}")
-        if self._closed:
-            raise TunledgerError(ErrorCode.SHUTTING_DOWN, "the service is stopping", retry=True)
-        try:
-            self._queue.put_nowait(request)
-        except queue.Full:
-            raise TunledgerError(
-                ErrorCode.OVERLOADED, f"{QUEUE_MAX} writes are waiting for the disk; try again", retry=True
-            ) from None
+        with self._gate:
+            if self._closed:
+                raise TunledgerError(ErrorCode.SHUTTING_DOWN, "the service is stopping", retry=True)
+            try:
+                self._queue.put_nowait(request)
+            except queue.Full:
+                raise TunledgerError(
+                    ErrorCode.OVERLOADED, f"{QUEUE_MAX} writes are waiting for the disk; try again", retry=True
+                ) from None
 
     def _work(self) -> None:
         stopping = False
