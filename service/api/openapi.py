@@ -35,8 +35,8 @@ PAGE_HEADERS: Final = {
     "Cache-Control": "no-cache",
 }
 FILES: Final[Mapping[str, str]] = {
-    "browser.css": "text/css; charset=utf-8",
-    "browser.js": "text/javascript; charset=utf-8",
+    "browser.css": "text/css",
+    "browser.js": "text/javascript",
     "icon.svg": "image/svg+xml",
 }
 _PLACE: Final = files("service.api") / "browser"
@@ -50,7 +50,7 @@ class SchemaController(Controller):
     @get("")
     async def page(self) -> Response[bytes]:
         """The page that shows the document and tries its calls."""
-        return Response(_file("index.html"), media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
+        return Response(_file("index.html"), media_type="text/html", headers=PAGE_HEADERS)
 
     @get("/openapi.json")
     async def openapi(self) -> Response[bytes]:
@@ -584,7 +584,7 @@ def _operations() -> list[Operation]:
             tag="service",
             summary="A page to browse this document",
             description="It needs nothing from the internet, and loads nothing from it.",
-            answers={200: Answer(schema=text(), description="the page", media_type="text/html; charset=utf-8")},
+            answers={200: Answer(schema=text(), description="the page", media_type="text/html")},
             codes=(),
         ),
         Operation(

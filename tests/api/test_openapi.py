@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import jsonschema_rs
 import pytest
 import schemathesis
@@ -173,8 +172,9 @@ def test_the_page_needs_nothing_from_elsewhere(api: Running) -> None:
     texts = [page.text]
     for name, media_type in FILES.items():
         part = api.call("GET", f"/schema/{name}")
-        assert (part.status_code, part.headers["content-type"]) == (200, media_type)
-        assert _without_namespaces(part)
+        assert part.status_code == 200
+        assert part.headers["content-type"].split(";")[0] == media_type
+        assert part.headers["x-content-type-options"] == "nosniff"
         texts.append(part.text)
     for text in texts:
         assert not re.search(r"(?:https?:)?//[a-z0-9.-]+\.[a-z]{2,}", text.replace("http://www.w3.org/2000/svg", ""))
@@ -183,7 +183,3 @@ def test_the_page_needs_nothing_from_elsewhere(api: Running) -> None:
     assert api.call("GET", "/schema/nothing.js").status_code == 404
     assert "unsafe" not in PAGE_HEADERS["Content-Security-Policy"]
     assert not re.search(r"\bstyle=|\bon[a-z]+=|<script>|<style", page.text), "the policy would refuse it"
-
-
-def _without_namespaces(part: httpx.Response) -> bool:
-    return part.headers["x-content-type-options"] == "nosniff"

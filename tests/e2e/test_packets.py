@@ -30,7 +30,7 @@ def counters(service: Service) -> Any:
     """What `tunledger counters tun0` shows."""
     done = service.command("counters", "tun0", "--output", "json")
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)["tun0"]
+    return json.loads(done.stdout)["totals"]
 
 
 def worker(service: Service, name: str) -> int:

@@ -212,7 +212,7 @@ def _remember(exchange: Exchange, last: dict[str, str]) -> None:
 
 # -- what is made of it
 
-_COUNTED = {"kernel", "worker", "rates", "points"}
+_COUNTED = {"kernel", "worker", "rates", "points", "audit"}
 _MOVING = {"took_us", "pid", "node", "boot_id", "peer", "position", "log_position", "next", "from", "to"}
 _MOVING |= {"rates_over_s", "retry_in_s", "events", "version"}
 

@@ -24,10 +24,10 @@ def test_the_service_answers_as_its_documentation_says(service: Service) -> None
     assert "@" not in now.replace("@command_id", ""), "a placeholder was left in the page"
 
 
-def _read(written: str) -> object:
+def _read(written: str) -> list[object]:
     """An answer of the page: (status line and headers, JSON or text)."""
-    head, separator, text = written.partition("\n\n") if written.startswith("HTTP/") else ("", "", written)
+    head, _, text = written.partition("\n\n") if written.startswith("HTTP/") else ("", "", written)
     try:
-        return head, json.loads(text)
+        return [head, json.loads(text)]
     except json.JSONDecodeError:
-        return head, text.rstrip("\n")
+        return [head, text.rstrip("\n")]
