@@ -14,7 +14,7 @@ from litestar.params import Parameter, QueryParameter
 
 from service.api import bodies
 from service.api.orders import Orders
-from service.api.problems import answer
+from service.api.problems import BATCH_MAX_BYTES, answer
 from service.api.read import LogView
 from service.api.resources import plan_json, present
 from service.domain import commands as cmd
@@ -146,7 +146,7 @@ class CommandsController(Controller):
 
     path = "/api/v1"
 
-    @post("/batch", status_code=200)
+    @post("/batch", status_code=200, request_max_body_size=BATCH_MAX_BYTES)
     async def batch(self, request: Request[Any, Any, Any], orders: Orders, body: bytes) -> Response[bytes]:
         """Several commands, all applied or none."""
         order = orders.begin(request, "Batch", "v1", "batch", body)

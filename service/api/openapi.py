@@ -23,7 +23,7 @@ from service.api.events import PAGE_DEFAULT as EVENTS_DEFAULT
 from service.api.events import PAGE_MAX as EVENTS_MAX
 from service.api.interfaces import HISTORY_MAX, PAGE_DEFAULT, PAGE_MAX, POSITION_MAX, STATES
 from service.api.orders import CONFIRM_S_MAX, REASON_CHARS_MAX
-from service.api.problems import BODY_MAX_BYTES, PROBLEM_TYPE, RETRY_AFTER_S, STATUS, status_v1
+from service.api.problems import BATCH_MAX_BYTES, BODY_MAX_BYTES, PROBLEM_TYPE, RETRY_AFTER_S, STATUS, status_v1
 from service.api.schemas import EVENTS, ID, NAME, SCHEMAS, Schema, flag, integer, ref, text
 from service.domain.errors import ErrorCode, TunledgerError
 
@@ -229,7 +229,8 @@ there, 405 `method_not_allowed` with `Allow`, and a plain 400 for what is no HTT
 was seen to be as wanted, or, with `Prefer: respond-async`, as soon as the command is durable. A misspelt parameter or
 field is refused, never passed over.
 
-**Bounds.** A body has at most {BODY_MAX_BYTES // 1024} KiB, a batch at most {BATCH_MAX} commands, a page at most
+**Bounds.** A body has at most {BODY_MAX_BYTES // 1024} KiB, that of a batch {BATCH_MAX_BYTES // 1024} KiB and
+{BATCH_MAX} commands, a page at most
 {PAGE_MAX} entries.
 """
 
@@ -303,7 +304,6 @@ def _changed(schema: Schema, description: str) -> Answer:
         schema={"anyOf": [schema, ref("Preview")]},
         description=f"{description}; or, with `dry_run`, what would be done",
         headers=_RESOURCE,
-        links=_TO_COMMAND,
     )
 
 
@@ -407,7 +407,6 @@ def _operations() -> list[Operation]:
                     schema={"anyOf": [ref("Deleted"), ref("Preview")]},
                     description="it is gone; or, with `dry_run`, what would be done",
                     headers=_COMMAND_ID,
-                    links=_TO_COMMAND,
                 ),
                 202: _ACCEPTED,
             },
@@ -466,7 +465,6 @@ def _operations() -> list[Operation]:
                     schema={"anyOf": [ref("BatchAnswer"), ref("Preview")]},
                     description="all were applied; or, with `dry_run`, what would be done",
                     headers=_COMMAND_ID,
-                    links=_TO_COMMAND,
                 ),
                 202: _ACCEPTED,
             },

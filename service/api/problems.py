@@ -127,7 +127,8 @@ def from_http(request: Request[Any, Any, Any], error: HTTPException) -> Response
         case HTTPStatus.METHOD_NOT_ALLOWED:
             text = f"{request.method} does not go with {request.scope['path']}"
         case HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-            text = f"body: over {BODY_MAX_BYTES} bytes"
+            limit = BATCH_MAX_BYTES if request.scope["path"] == "/api/v1/batch" else BODY_MAX_BYTES
+            text = f"body: over {limit} bytes"
         case _:
             text = _about(error) or error.detail or HTTPStatus(error.status_code).phrase
     if not _is_v1(request):
@@ -173,3 +174,4 @@ def from_anything(request: Request[Any, Any, Any], error: Exception) -> Response
 
 
 BODY_MAX_BYTES = 64 * 1024
+BATCH_MAX_BYTES = 1024 * 1024  # a thousand commands of up to a kilobyte

@@ -114,8 +114,7 @@ def what(body: ev.Event) -> str:
     match body:
         case ev.InterfaceDeclared():
             spec = body.spec
-            addresses = " ".join(map(str, spec.addresses))
-            return f"create {spec.mode.value} {addresses} mtu {spec.mtu}"
+            return " ".join(("create", spec.mode.value, *map(str, spec.addresses), "mtu", str(spec.mtu)))
         case ev.InterfaceReconfigured():
             changed = ", ".join(f"{c['path']} {_text(c['old'])} -> {_text(c['new'])}" for c in body.changes)
             return f"configure {changed or '(nothing new)'}"

@@ -381,8 +381,8 @@ def _classic_body(description: str, extra: Mapping[str, Schema]) -> Schema:
             "mtu": nullable(MTU),
             "allow_overlap": nullable(flag("let the subnet cover one that the host uses already", default=False)),
         },
-        description=f"{description}. A null is a field that is not given. With an IPv6 address go a netmask and an mtu of "
-        f"at least {values.IPV6_MTU_MIN}",
+        description=f"{description}. A null is a field that is not given. An IPv6 address needs a netmask with it, and "
+        f"an mtu of at least {values.IPV6_MTU_MIN}",
     )
 
 

@@ -46,7 +46,7 @@ def drift(remote: Remote) -> None:
 
 @click.command()
 @remote_options
-@write_options("reason", "dry_run")
+@write_options("dry_run")
 def reconcile(remote: Remote, write: Write) -> None:
     """Look at every interface now, and mend what differs. Failed repairs are tried again at once.
 

@@ -221,7 +221,7 @@ def _declare(
     if spec.name in host.occupants:
         raise name_taken(spec.name)
     if not allow_overlap:
-        _refuse_overlap(spec.addresses, host)
+        _refuse_overlap(spec.addresses, spec, request.via, host)
     return ev.InterfaceDeclared(interface_id=InterfaceId(new_id()), name=spec.name, spec=check(spec), request=request)
 
 
@@ -234,7 +234,7 @@ def _reconfigure(
     host: Host,
 ) -> ev.InterfaceReconfigured:
     if not command.allow_overlap:
-        _refuse_overlap(tuple(a for a in new.addresses if a not in old.addresses), host)
+        _refuse_overlap(tuple(a for a in new.addresses if a not in old.addresses), new, request.via, host)
     if not isinstance(command, cmd.ConfigureInterface) and not command.recreate:
         _refuse_recreation(old, new)
     return ev.InterfaceReconfigured(
@@ -275,17 +275,20 @@ def _refuse_existing(state: State, name: InterfaceName, via: str) -> None:
             )
 
 
-def _refuse_overlap(addresses: tuple[Address, ...], host: Host) -> None:
+def _refuse_overlap(addresses: tuple[Address, ...], spec: InterfaceSpec, via: str, host: Host) -> None:
+    """Refuse addresses of a spec whose networks others use; the original API has one, in a field of its own."""
     for address in addresses:
         net = address.network
         for used in host.networks:
             if used.network.version == net.version and used.network.overlaps(net):
                 article = "an address" if used.source == "address" else "a route"
+                field = "address" if via == "classic" else f"addresses.{spec.addresses.index(address)}"
+                leave = 'give "allow_overlap": true' if via == "classic" else "allow it with allow_overlap=true"
                 raise TunledgerError(
                     ErrorCode.SUBNET_OVERLAP,
-                    f"address: {net} overlaps {used.network}, {article} of {used.ifname}, and could cut the host off; "
-                    'choose another subnet, or give "allow_overlap": true',
-                    field="address",
+                    f"{field}: {net} overlaps {used.network}, {article} of {used.ifname}, and could cut the host off; "
+                    f"choose another subnet, or {leave}",
+                    field=field,
                 )
 
 

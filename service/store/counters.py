@@ -45,7 +45,7 @@ from service.store import schema
 from service.store.database import UNREADABLE, open_reader, unreadable
 from service.store.writer import Job
 
-BITE_ROWS = 2000  # rows that one job rolls up or thins, if the samples are not larger still: some 10 ms
+BITE_ROWS = 1000  # rows that one job rolls up or thins, if the samples are not larger still: some 10 ms
 POINTS_MAX = 5000  # points in one answer
 ROWS_MAX = 100_000  # rows read for one answer: a day of samples a second apart
 REMEMBERED_MAX = 16_384  # interfaces whose last sample is remembered; others are asked for
@@ -156,7 +156,7 @@ class CounterKeeper:
         self._last: dict[InterfaceId, Row] = {}
         self._numbers: dict[InterfaceId, int] = {}
         self._went_back = False
-        self._sampled = 0
+        self._sampled = 0  # rows of the largest sample since the last bites
 
     def store(
         self,
@@ -177,7 +177,7 @@ class CounterKeeper:
     def tend(self, now: str) -> tuple[Job, ...]:
         """The jobs that roll up and thin, a bite each; to be run after every sample, each by itself.
 
-        A bite is twice as many rows as a sample, or `BITE_ROWS` if that is more, so that they keep up.
+        A bite is half as many rows again as a sample, or `BITE_ROWS` if that is more, so that they keep up.
         """
         at = milliseconds(now)
         return (
@@ -209,7 +209,7 @@ class CounterKeeper:
             return
         if rows:
             connection.exec_driver_sql(_INSERT[Tier.RAW], rows)
-        self._sampled, self._went_back = len(rows), False
+        self._sampled, self._went_back = max(self._sampled, len(rows)), False
         self._sequence = progress.sequence + 1
         connection.exec_driver_sql(
             "UPDATE counter_progress SET sequence = ?, last_at = ?",
@@ -243,7 +243,7 @@ class CounterKeeper:
 
     @property
     def _bite(self) -> int:
-        return max(BITE_ROWS, 2 * self._sampled)
+        return max(BITE_ROWS, self._sampled + self._sampled // 2)
 
     def _roll_up(self, source: Tier, target: Tier, now: int, connection: sa.Connection) -> None:
         """Take the next rows over into the coarser tier: whole buckets, or some interfaces of one."""
@@ -317,6 +317,7 @@ class CounterKeeper:
                 connection.exec_driver_sql(_CUT[tier], (upto,))
             else:
                 connection.exec_driver_sql(_CUT_BITE[tier], tuple(key))
+        self._sampled = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -495,9 +495,12 @@ class Auditor:
                     return
 
     def _lacking(self) -> bool:
-        """Whether a place for a snapshot is empty."""
+        """Whether a place for a snapshot is empty; or there is no telling, which is then found out on the way."""
         query = sa.select(_snapshots.position).where(_snapshots.format == form())
-        there = {row[0] for row in self._reader.tuples(query)}
+        try:
+            there = {row[0] for row in self._reader.tuples(query)}
+        except TunledgerError:
+            return True
         return any(kept(place, self._target) and place not in there for place in range(EVERY, self._target + 1, EVERY))
 
     def _complain(self, problems: Sequence[str]) -> None:

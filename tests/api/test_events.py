@@ -634,11 +634,15 @@ def test_a_stream_begins_now_and_tells_what_is_recorded(live: Streaming) -> None
     ], "an event looks the same, live and read from the disk"
 
 
-def test_a_stream_catches_up_from_a_position(past: Streaming, recorded: list[ev.Recorded]) -> None:
-    for query, headers in (("?after=100", {}), ("?after=5", {"Last_Event_ID": "100"}), ("", {"Last_Event_ID": "100"})):
-        with reading(past, query, **headers) as reader:
-            until(lambda reader=reader: len(reader.positions) == LENGTH - 100)  # type: ignore[misc]
-        assert reader.positions == list(range(101, LENGTH + 1))
+@pytest.mark.parametrize(
+    ("query", "last"), [("?after=100", ""), ("?after=5", "100"), ("", "100")], ids=["after", "both", "header"]
+)
+def test_a_stream_catches_up_from_a_position(
+    past: Streaming, recorded: list[ev.Recorded], query: str, last: str
+) -> None:
+    with reading(past, query, **({"Last_Event_ID": last} if last else {})) as reader:
+        until(lambda: len(reader.positions) == LENGTH - 100)
+    assert reader.positions == list(range(101, LENGTH + 1))
     assert [frame["event"] for frame in reader.frames[1:]] == [type(e.body).__name__ for e in recorded[100:]]
 
 

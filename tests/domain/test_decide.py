@@ -112,7 +112,7 @@ REFUSALS: list[tuple[Callable[[], Log], cmd.Command, Host, cmd.Request, ErrorCod
         in_use("10.0.0.0/8", "route"),
         V1,
         ErrorCode.SUBNET_OVERLAP,
-        "address: 10.0.0.0/24 overlaps 10.0.0.0/8, a route of eth0",
+        "addresses.0: 10.0.0.0/24 overlaps 10.0.0.0/8, a route of eth0",
     ),
     (
         nothing,
@@ -120,7 +120,7 @@ REFUSALS: list[tuple[Callable[[], Log], cmd.Command, Host, cmd.Request, ErrorCod
         in_use("10.0.0.128/32"),
         V1,
         ErrorCode.SUBNET_OVERLAP,
-        "address: 10.0.0.0/24 overlaps 10.0.0.128/32, an address of eth0",
+        "addresses.1: 10.0.0.0/24 overlaps 10.0.0.128/32, an address of eth0",
     ),
     (
         nothing,
@@ -136,7 +136,7 @@ REFUSALS: list[tuple[Callable[[], Log], cmd.Command, Host, cmd.Request, ErrorCod
         in_use("10.2.0.0/16"),
         V1,
         ErrorCode.SUBNET_OVERLAP,
-        "address: 10.2.0.0/24 overlaps",
+        "addresses.0: 10.2.0.0/24 overlaps",
     ),
     (
         stopped,
@@ -144,7 +144,7 @@ REFUSALS: list[tuple[Callable[[], Log], cmd.Command, Host, cmd.Request, ErrorCod
         in_use("10.2.0.0/16"),
         V1,
         ErrorCode.SUBNET_OVERLAP,
-        "address: 10.0.0.0/8 overlaps",
+        "addresses.0: 10.0.0.0/8 overlaps",
     ),
     *[
         (log, order, FREE, V1, ErrorCode.NO_INTERFACE, "there is no interface tun0")

@@ -192,6 +192,9 @@ def test_a_batch_is_all_or_none(api: Service) -> None:
     ]
     assert exchange(api, "POST", "/api/v1/batch", {"commands": mixed})[0] == 200
     assert (links()["b0"].mtu, links()["b1"].carrier, "b2" in links()) == (1300, True, False)
+    large = [{"create": {"name": f"l{n}", "description": "x" * 200, "up": False}} for n in range(300)]
+    assert len(json.dumps(large)) > 64 * 1024
+    assert exchange(api, "POST", "/api/v1/batch?dry_run=true", {"commands": large})[0] == 200
     twice = [{"start": {"name": "b3"}}, {"delete": {"name": "b3"}}]
     assert exchange(api, "POST", "/api/v1/batch", {"commands": twice})[0] == 400
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import schemathesis
 from hypothesis import strategies as st
+from schemathesis.core.parameters import ParameterLocation
 from schemathesis.generation.meta import TestPhase
 
 _NAMES = st.from_regex(r"[a-z][a-z0-9]{0,9}", fullmatch=True, alphabet=st.characters(codec="ascii"))
@@ -68,45 +69,51 @@ def _whole(value: Any) -> Any:
             return value
 
 
+def _sound(case: Any, location: ParameterLocation) -> bool:
+    """Whether a part of the request was made to be valid; one made to be invalid is left as it is."""
+    part = case.meta.components.get(location)
+    return part is None or part.mode.is_positive
+
+
 def _meet(case: Any, name: str) -> None:
-    if case.path_parameters and "name" in case.path_parameters and case.path.startswith("/api/v1/interfaces/"):
+    """Have the request be about this interface."""
+    if case.path_parameters and case.path.startswith("/api/v1/interfaces/") and _sound(case, ParameterLocation.PATH):
         case.path_parameters["name"] = name
-    if isinstance(case.body, dict) and isinstance(case.body.get("name"), str):
+    if isinstance(case.body, dict) and "name" in case.body and _sound(case, ParameterLocation.BODY):
         case.body["name"] = name
 
 
 @schemathesis.hook
-def filter_case(context: Any, case: Any) -> bool:
-    """Drop what schemathesis calls invalid although no part of it is: a body left out where it may be."""
-    return (
-        case.meta is None
-        or case.meta.generation.mode.is_positive
-        or any(part.mode.is_negative for part in case.meta.components.values())
-    )
-
-
-@schemathesis.hook
 def map_case(context: Any, case: Any) -> Any:
-    """Valid requests: the name in the body of PUT is the one in the path, and a key is for one request.
+    """Have more requests reach what they are for; none of this makes a valid request invalid, or the other way round.
 
-    Most go without If-Match and If-None-Match, or few would get past them; and most fuzzing is about a few names,
-    or few would find an interface there.
+    Most go without If-Match and If-None-Match, and are about a few interfaces, or few would find one. A key is for
+    one request only, and the name in the body of PUT is the one in the path.
     """
-    if case.meta is None or not case.meta.generation.mode.is_positive:
+    if case.meta is None:
         return case
-    case.body = _whole(case.body)
-    if case.method == "PUT" and isinstance(case.body, dict) and isinstance(case.body.get("name"), str):
-        case.body["name"] = case.path_parameters["name"]
-    if isinstance(case.body, dict) and ":" in str(case.body.get("address")):
-        case.body["netmask"] = case.body.get("netmask") or "64"
-        case.body["mtu"] = max(case.body.get("mtu") or 1280, 1280)
     number = next(_numbers)
-    if case.meta.phase.name == TestPhase.FUZZING and number % 3:
-        _meet(case, f"lab{number % 5}")
-    if case.headers:
+    if case.headers and _sound(case, ParameterLocation.HEADER):
         if "Idempotency-Key" in case.headers:
             case.headers["Idempotency-Key"] = f"key-{number}"
         if number % 4:
             case.headers.pop("If-Match", None)
             case.headers.pop("If-None-Match", None)
+    if case.meta.phase.name in {TestPhase.FUZZING, TestPhase.COVERAGE} and number % 3:
+        _meet(case, f"lab{number % 5}")
+    if case.query and case.query.get("format") == "ndjson" and _sound(case, ParameterLocation.QUERY):
+        case.query.pop("limit", None)  # ndjson has no pages
+        case.query.pop("cursor", None)
+    if isinstance(case.body, dict) and _sound(case, ParameterLocation.BODY):
+        case.body = _together(_whole(case.body), case)
     return case
+
+
+def _together(body: dict[str, Any], case: Any) -> dict[str, Any]:
+    """The rules between fields that the document has in words only."""
+    if case.operation.method.upper() == "PUT" and isinstance(body.get("name"), str):
+        body["name"] = case.path_parameters["name"]
+    if ":" in str(body.get("address")):  # the original API's
+        body["netmask"] = body.get("netmask") or "64"
+        body["mtu"] = max(body.get("mtu") or 1280, 1280)
+    return body

@@ -214,6 +214,10 @@ def _remember(exchange: Exchange, last: dict[str, str]) -> None:
 
 _COUNTED = {"kernel", "worker", "rates", "points", "audit"}
 _MOVING = {"took_us", "pid", "node", "boot_id", "peer", "position", "log_position", "next", "from", "to"}
+_MOVING_TEXT = re.compile(
+    r'"\d+(?:-\d+)?"|(?:tunledger:|node/)[0-9a-f]{12}|"node":"[0-9a-f]{12}"|127\.0\.0\.1:\d+'
+    r'|"(?:id|position|version|pid|took_us)": ?\d+'
+)
 _MOVING |= {"rates_over_s", "retry_in_s", "events", "version"}
 
 
@@ -225,10 +229,7 @@ def masked(value: Any) -> Any:
         case list():
             return [masked(each) for each in value]
         case str():
-            text = _VOLATILE.sub("~", value)
-            return re.sub(
-                r'"\d+(-\d+)?"|tunledger:[0-9a-f]{12}|"(id|position|version)": ?\d+|127\.0\.0\.1:\d+', "~", text
-            )
+            return _MOVING_TEXT.sub("~", _VOLATILE.sub("~", value))
         case _:
             return value
 

@@ -24,7 +24,7 @@ from service.store.migrate import migrate
 from service.store.reader import LogReader, Selection, stamp
 from tests.store import lives, strategies
 from tests.store.lives import moment
-from tests.store.log import NOW, Log, draft, note, rows, tamper
+from tests.store.log import NODE, NOW, Log, draft, note, rows, tamper
 
 LENGTH: Final = 1500
 
@@ -289,6 +289,28 @@ def test_addresses_are_read_as_the_codec_reads_them(host: str, length: int) -> N
             return ValueError
 
     assert by(reading.decode_value) == by(codec._decode_value)
+
+
+# -- a version that does not follow, where the chain says nothing
+
+
+def test_a_version_that_does_not_follow_is_found_though_the_chain_is_sound(path: Path) -> None:
+    """As somebody writes it who makes the hashes anew."""
+    log = Log(path)
+    log.fill(3)
+    log.close()
+    columns = (
+        "previous_hash, position, event_id, stream, 77, type, schema_version, actor, command_id, node, recorded_at"
+    )
+    ((*told, payload),) = rows(path, f"SELECT {columns}, payload FROM events WHERE position = 3")  # noqa: S608 -- ours
+    digest = codec.chain_hash(*told, payload)  # type: ignore[arg-type]  # as the database has them
+    tamper(path, ("UPDATE events SET version = 77, hash = ? WHERE position = 3", (digest,)))
+    one = LogReader(path)
+    try:
+        (problem,) = one.verify().problems
+    finally:
+        one.close()
+    assert problem == f"position 3: version 77 of {ev.node_stream(NODE)} follows version 2"
 
 
 # -- a head that is known from before

@@ -652,6 +652,20 @@ def test_the_engines_state_is_not_the_auditors(snapped: Path) -> None:
         audit.append(EVERY)
         audit.finish()
         assert audit.problems == []
+    with _read(snapped) as reader:
+        opened = snapshots.open_log(reader)
+        assert opened.past.state.interfaces, "the snapshot made meanwhile has them all"
+        assert snapshots.encode(opened.past) == snapshots.encode(_folded(list(reader.events()), LENGTH + EVERY))
+
+
+def test_snapshots_that_cannot_be_read_are_no_reason_not_to_start(snapped: Path) -> None:
+    with _read(snapped) as reader:
+        opened = snapshots.open_log(reader)
+    tamper(snapped, ("DROP TABLE snapshots", ()))
+    with _Audit(snapped, opened) as audit:
+        audit.auditor.start()
+        _until(lambda: audit.problems)
+    assert "no such table" in audit.problems[0]
 
 
 def test_storing_puts_one_in_the_place_of_another(path: Path) -> None:
