@@ -24,7 +24,7 @@ from service.api.events import PAGE_MAX as EVENTS_MAX
 from service.api.interfaces import HISTORY_MAX, PAGE_DEFAULT, PAGE_MAX, POSITION_MAX, STATES
 from service.api.orders import CONFIRM_S_MAX, REASON_CHARS_MAX
 from service.api.problems import BATCH_MAX_BYTES, BODY_MAX_BYTES, PROBLEM_TYPE, RETRY_AFTER_S, STATUS, status_v1
-from service.api.schemas import EVENTS, ID, NAME, SCHEMAS, Schema, flag, integer, ref, text
+from service.api.schemas import EVENTS, ID, NAME, SCHEMAS, Schema, integer, ref, text
 from service.domain.errors import ErrorCode, TunledgerError
 
 # No scripts, styles or data but our own: the page must work on a host without a network, and leak nothing.
@@ -114,6 +114,11 @@ _V1_WRITE: Final = (*_WRITE, *_KEY, _E.PRECONDITION_FAILED, _E.AWAITING_CONFIRMA
 # Not in any call's table: before a service answers at all, or whatever is asked where nothing is.
 ELSEWHERE: Final = frozenset({_E.SCHEMA_MISMATCH, _E.ALREADY_SERVING, _E.METHOD_NOT_ALLOWED})
 
+_SWITCH: Final[Schema] = {
+    "description": "`1` and nothing at all stand for true, `0` for false",
+    "anyOf": [{"type": "boolean"}, {"enum": ["1", "0", ""]}],
+    "default": False,
+}
 PARAMETERS: Final[dict[str, Schema]] = {
     "Name": {"name": "name", "in": "path", "required": True, "description": "the interface's name", "schema": NAME},
     "AnyName": {
@@ -134,19 +139,20 @@ PARAMETERS: Final[dict[str, Schema]] = {
         "name": "dry_run",
         "in": "query",
         "description": "answer what would be done, written to the log, or refused; nothing changes anywhere",
-        "schema": flag("`1`, `0` and nothing are taken too, for true, false and true", default=False),
+        "schema": _SWITCH,
     },
     "AllowOverlap": {
         "name": "allow_overlap",
         "in": "query",
-        "description": "let the interface's subnets cover ones that the host uses already",
-        "schema": flag("or the address is refused: it could cut the host off", default=False),
+        "description": "let the interface's subnets cover ones that the host uses already, which could cut it off",
+        "schema": _SWITCH,
     },
     "Recreate": {
         "name": "recreate",
         "in": "query",
-        "description": "allow what only a new device can do (mode, multi_queue, no owner any more)",
-        "schema": flag("the interface is removed and made again, with a new ifindex", default=False),
+        "description": "allow what only a new device can do (mode, multi_queue, no owner any more): the interface is "
+        "removed and made again, with a new ifindex",
+        "schema": _SWITCH,
     },
     "ConfirmWithinS": {
         "name": "confirm_within_s",
@@ -277,8 +283,10 @@ def _link(operation: str, description: str, **parameters: str) -> Schema:
 
 
 _NAME_OF: Final = "$response.body#/spec/name"
+_THE_COMMAND: Final = f"$response.header.{render.COMMAND_ID}"
 _TO_COMMAND: Final = {
-    "command": _link("readCommand", "what became of it", command_id=f"$response.header.{render.COMMAND_ID}")
+    "command": _link("readCommand", "what became of it", command_id=_THE_COMMAND),
+    "confirm": _link("confirmCommand", "with `confirm_within_s`: make it stay", command_id=_THE_COMMAND),
 }
 _TO_INTERFACE: Final = {
     "read": _link("readInterface", "read it", name=_NAME_OF),

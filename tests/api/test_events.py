@@ -22,7 +22,7 @@ from service.api.read import LogView
 from service.domain import events as ev
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.spec import spec_to_json
-from service.reconcile.feed import End, Feed
+from service.reconcile.feed import End, Feed, Subscription
 from service.store import codec
 from service.store.reader import LogReader
 from service.store.snapshots import Past
@@ -739,21 +739,41 @@ def test_the_usual_heartbeat_keeps_proxies_waiting() -> None:
     assert subject.HEARTBEAT_S == 15.0
 
 
-def test_a_reader_that_takes_nothing_is_dropped_with_a_reason_and_nobody_else_notices(path: Path) -> None:
+def test_what_is_recorded_just_before_a_stream_listens_is_not_left_for_the_next_event(
+    live: Streaming, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not in the feed: reading the database once more, after listening, is what finds it."""
+    listen, last = Subscription.listen, []
+
+    def late(self: Subscription) -> None:
+        live.engine._publish = lambda _events: None
+        last.append(live.append()[0].position)  # durable, though this loop has not heard of it yet
+        listen(self)
+
+    monkeypatch.setattr(Subscription, "listen", late)
+    with reading(live) as reader:
+        until(lambda: reader.positions)
+    assert reader.positions == last
+
+
+def test_a_reader_that_takes_nothing_is_dropped_with_a_reason_and_nobody_else_notices(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subject, "CHUNK_EVENTS", 1)
     with Streaming(path, feed=Feed(buffer_events=50)) as live, reading(live) as slow, reading(live) as quick:
         until(lambda: slow.frames and quick.frames)
         head = live.get("/api/v1/log/head")["position"]
         on_loop(live, slow.may_take.clear)
         sent = slow.sending
-        live.append()
-        until(lambda: slow.sending > sent)  # and waits there
+        live.append(*[note()] * 5)
+        until(lambda: slow.sending > sent)  # and waits there, with four more of these in hand
         for _ in range(100):
             live.append()
-        until(lambda: len(quick.positions) == 101)
+        until(lambda: len(quick.positions) == 105)
         assert not slow.done
         on_loop(live, slow.may_take.set)
         until(lambda: slow.done)
-        assert quick.positions == list(range(head + 1, head + 102))
+        assert quick.positions == list(range(head + 1, head + 106))
         assert not quick.done
     dropped = slow.frames[-1]
     assert dropped["event"] == "dropped"

@@ -7,7 +7,9 @@ kernel is what the log says, a stranger is what it was, and a second start finds
 
 import contextlib
 import http.client
+import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -85,38 +87,43 @@ def test_a_kill_between_any_two_steps_loses_nothing_and_leaves_nothing(tmp_path:
     """One case for each point that the trace names."""
     with fresh_namespace():
         points = trace(tmp_path / "trace")
-    steps = [point for point in points if point.startswith("kernel.")]
-    assert {"kernel.CreateLink.before", "kernel.AddAddress.after", "kernel.DeleteLink.after"} <= set(steps)
-    for number in range(1, len(points) + 1):
-        with fresh_namespace(), contextlib.ExitStack() as stack:
-            stranger = stack.enter_context(Stranger("tun0"))
-            service = Service(tmp_path / str(number))
-            stack.callback(service.close)
-            service.spawn(TUNLEDGER_TEST_FAILPOINTS=f"kill:{number}")
-            heard: list[int] = []
-            try:
-                service.wait_ready()
-            except AssertionError:
-                assert service.process is not None
-                assert service.process.poll() == -9, f"{points[number - 1]}: it ended, but not by the kill"
-            else:
-                heard = live(service)
-                if len(heard) == len(LIFE):
-                    service.stop()
+    assert {"kernel.CreateLink.before", "kernel.AddAddress.after", "kernel.DeleteLink.after"} <= set(points)
+    # Namespaces belong to threads: as many cases at once as there are processors, each in its own.
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        list(pool.map(lambda number: crash_at(tmp_path, points, number), range(1, len(points) + 1)))
+
+
+def crash_at(folder: Path, points: list[str], number: int) -> None:
+    """Kill a run at one point, start again, and look."""
+    with fresh_namespace(), contextlib.ExitStack() as stack:
+        stranger = stack.enter_context(Stranger("tun0"))
+        service = Service(folder / str(number))
+        stack.callback(service.close)
+        service.spawn(TUNLEDGER_TEST_FAILPOINTS=f"kill:{number}")
+        heard: list[int] = []
+        try:
+            service.wait_ready()
+        except AssertionError:
             assert service.process is not None
-            assert service.process.wait(30) in {-9, 0}, points[number - 1]
-            assert set(heard) <= {200}, (points[number - 1], heard)
+            assert service.process.poll() == -9, f"{points[number - 1]}: it ended, but not by the kill"
+        else:
+            heard = live(service)
+            if len(heard) == len(LIFE):
+                service.stop()
+        assert service.process is not None
+        assert service.process.wait(30) in {-9, 0}, points[number - 1]
+        assert set(heard) <= {200}, (points[number - 1], heard)
+        service.start()
+        try:
+            assert_promises(service, heard, stranger)
+            if number % 4:
+                return  # the second start is shown for every fourth point; each costs a second
+            before = service.verification().head_position
+            service.kill()
             service.start()
-            try:
-                assert_promises(service, heard, stranger)
-                if number % 4:
-                    continue  # the second start is shown for every fourth point; each costs a second
-                before = service.verification().head_position
-                service.kill()
-                service.start()
-                again = service.events()[before:]
-                repairs = [e.body for e in again if isinstance(e.body, ev.DriftRepaired | ev.Outcome)]
-                resumed = [r for r in repairs if isinstance(r, ev.DriftRepaired) and "processing" in " ".join(r.steps)]
-                assert repairs == resumed, "the second start found something to do"
-            except AssertionError as error:
-                raise AssertionError(f"killed at point {number}, {points[number - 1]}: {error}") from error
+            again = service.events()[before:]
+            repairs = [e.body for e in again if isinstance(e.body, ev.DriftRepaired | ev.Outcome)]
+            resumed = [r for r in repairs if isinstance(r, ev.DriftRepaired) and "processing" in " ".join(r.steps)]
+            assert repairs == resumed, "the second start found something to do"
+        except AssertionError as error:
+            raise AssertionError(f"killed at point {number}, {points[number - 1]}: {error}") from error

@@ -1,12 +1,11 @@
-"""A stream of events on the real service: resumed over kill -9 it has every event once, and it ends with the service."""
+"""A stream of the real service: resumed over kill -9 it has every event once, and it ends with the service."""
 
 import contextlib
 import http.client
 import json
 import random
 import threading
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -28,7 +27,7 @@ class Follower:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
-    def __enter__(self) -> "Follower":
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -73,10 +72,9 @@ class Follower:
 
 
 @pytest.fixture
-def busy(service: Service) -> Iterator[Service]:
+def busy(service: Service) -> Service:
     """A running service."""
-    service.start()
-    yield service
+    return service.start()
 
 
 def test_a_stream_resumed_over_kills_has_every_event_once(busy: Service) -> None:

@@ -42,6 +42,7 @@ function kindOf(schema) {
   if (schema == null || schema === true || Object.keys(schema).length === 0) return "anything";
   if (schema.$ref) return refName(schema);
   if ("const" in schema) return JSON.stringify(schema.const);
+  if (schema.enum && !schema.type) return schema.enum.map((each) => JSON.stringify(each)).join(", ");
   const either = schema.anyOf || schema.oneOf;
   if (either) return either.map(kindOf).join(" or ");
   const kinds = [].concat(schema.type || "anything");
@@ -170,9 +171,10 @@ function answer(status, response) {
 
 function field(parameter) {
   const { schema } = parameter;
+  const isSwitch = schema.type === "boolean" || (schema.anyOf || []).some((each) => each.type === "boolean");
   const id = `p-${parameter.in}-${parameter.name}`;
   let input;
-  if (schema.type === "boolean" || schema.enum) {
+  if (isSwitch || schema.enum) {
     const choices = schema.enum || [true, false];
     input = el("select", { id }, el("option", { value: "" }, ""), choices.map((each) => el("option", { value: String(each) }, String(each))));
     if (parameter.name === "dry_run") input.value = "true"; // looking first costs nothing
