@@ -2,9 +2,9 @@
 
 import sys
 
-from bench import control
+from bench import control, log
 
-ALL = {"control": control.run}
+ALL = {"control": control.run, "log": log.run}
 
 
 def main() -> None:

@@ -326,6 +326,8 @@ class _Service:
             asyncio.create_task(keep_reconciled(engine, self._config.reconcile.interval_s)),
             asyncio.create_task(keep_counted(engine, self._config.counters.interval_s)),
         ]
+        for task in tasks:
+            task.add_done_callback(lambda ended: _tell_of_end(engine, ended))
         log.info("ready", url=f"http://{self._address}")
         try:
             await self._server.serve(sockets=[self._listening])
@@ -367,6 +369,14 @@ class _Service:
         self._feed.close()
         if self._server is not None:
             self._server.should_exit = True
+
+
+def _tell_of_end(engine: Engine, task: "asyncio.Task[None]") -> None:
+    """A loop runs until it is cancelled; if it ended by itself, repairs have stopped, and health has to say so."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None:
+        log.error("a loop of the service ended", exc_info=error)
+        engine.complain(f"a loop of the service ended by a mistake: {error!r}; restart it")
 
 
 def _packet_log(device: str, line: str, suppressed: int) -> None:

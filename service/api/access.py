@@ -5,6 +5,7 @@ So the Host header must be loopback too (DNS rebinding), a page's Origin is refu
 kernel is asked whose the connection is. Tokens and TLS will be two more ways to become a `Caller`, here.
 """
 
+import functools
 import pwd
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,8 +90,11 @@ class Gate:
                 f"Host: {host or 'missing'} is not a loopback name; use 127.0.0.1 or localhost",
             )
         for origin in _header(scope, b"origin"):
-            if not loopback_origin(origin):
-                raise TunledgerError(ErrorCode.FORBIDDEN_HOST, f"Origin: {origin} is not a page of this host")
+            if not loopback_origin(origin) or origin.partition("://")[2].lower() != host.lower():
+                raise TunledgerError(ErrorCode.FORBIDDEN_HOST, f"Origin: {origin} is not a page of this service")
+        for site in _header(scope, b"sec-fetch-site"):
+            if site not in {"none", "same-origin"}:
+                raise TunledgerError(ErrorCode.FORBIDDEN_HOST, f"Sec-Fetch-Site: {site} is a call by another page")
         client, server = scope.get("client"), scope.get("server")
         if client is None or server is None or server[1] is None:
             raise TunledgerError(ErrorCode.UNAUTHORIZED, "the connection has no addresses to ask the kernel about")
@@ -110,6 +114,7 @@ def _header(scope: Scope, name: bytes) -> list[str]:
     return [value.decode("latin-1") for key, value in scope["headers"] if key == name]
 
 
+@functools.lru_cache(256)  # a directory server can take its time, and names hardly change
 def _user(uid: int) -> str:
     try:
         return pwd.getpwuid(uid).pw_name

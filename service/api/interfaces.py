@@ -6,9 +6,11 @@ Reads of the log beyond that are in `events`, counters in `counters`.
 import asyncio
 import base64
 import fnmatch
+import hashlib
 from collections.abc import Callable
 from typing import Annotated, Any
 
+import msgspec
 from litestar import Controller, Request, Response, delete, get, patch, post, put
 from litestar.params import Parameter, QueryParameter
 
@@ -62,7 +64,9 @@ class InterfacesController(Controller):
             found = [each for each in found if each["status"]["state"] == in_state]
         page, more = found[:limit], len(found) > limit
         following = _encoded(page[-1]["spec"]["name"]) if more else None
-        return answer({"interfaces": page, "next": following}, headers={"ETag": f'"{engine.state.position}"'})
+        found_page = {"interfaces": page, "next": following}
+        tag = hashlib.sha256(msgspec.json.encode(found_page)).hexdigest()[:32]  # status is in it, not only the log
+        return answer(found_page, headers={"ETag": f'"{tag}"'})
 
     @post("")
     async def create_interface(self, request: Request[Any, Any, Any], orders: Orders, body: bytes) -> Response[bytes]:

@@ -885,7 +885,11 @@ def _operation(operation: Operation, examples: Sequence[Example]) -> dict[str, A
             for each in operation.parameters
         ]
     if operation.body is not None:
-        sent = [example for example in examples if "body" in example and example["status"] < 400]
+        sent: list[Example] = []
+        for example in examples:
+            repeated = any(example.get("body") == other["body"] for other in sent)
+            if "body" in example and example["status"] < 400 and not repeated:
+                sent.append(example)
         content = {"schema": operation.body, **_named(sent, "body")}
         found["requestBody"] = {
             "required": operation.body_required,

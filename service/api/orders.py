@@ -72,7 +72,9 @@ class Orders:
     def record(self, order: "Order", name: str, refusal: TunledgerError) -> None:
         """Have a refusal recorded; the client need not wait for the disk to hear of it."""
         who = caller(order.request)
-        request = cmd.Request(via=order.via, call=order.call, peer=who.peer, user=who.user)
+        request = cmd.Request(
+            via=order.via, call=order.call, peer=who.peer, user=who.user, **order.key_and_fingerprint()
+        )
         work = self.engine.reject(refusal, name, order.kind, who.actor, order.command_id, request)
         task = asyncio.get_running_loop().create_task(work)
         self._recording.add(task)
@@ -160,6 +162,11 @@ class Order:
             ),
             wait,
         )
+
+    def key_and_fingerprint(self) -> dict[str, str]:
+        """The Idempotency-Key of the request, where it has a good one, and the hash of all that it stands for."""
+        key = self.request.headers.get("idempotency-key", "")
+        return {"key": key, "fingerprint": self._fingerprint()} if _KEY.fullmatch(key) else {}
 
     def _fingerprint(self) -> str:
         url = f"{self.request.method} {self.request.scope['path']}?"

@@ -33,6 +33,14 @@ class LogView:
                     for e in self._reader.command(event.command_id or "")
                     if isinstance(e.body, ev.Intent) and e.stream == event.stream
                 ]
+        answered = {(e.command_id, e.stream) for e in recorded if isinstance(e.body, ev.Outcome)}
+        for event in list(recorded) if before is not None else []:  # its outcome may be on the page before
+            if isinstance(event.body, ev.Intent) and (event.command_id, event.stream) not in answered:
+                recorded += [
+                    e
+                    for e in self._reader.command(event.command_id or "")
+                    if isinstance(e.body, ev.Outcome) and e.stream == event.stream
+                ]
         found = entries(recorded)
         if before is not None:
             found = [entry for entry in found if entry["position"] < before]

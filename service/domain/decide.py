@@ -123,9 +123,15 @@ def confirm(state: State, command_id: str, request: cmd.Request) -> list[ev.Chan
 def take_back(
     state: State, awaiting: Sequence[Unconfirmed], request: cmd.Request, new_id: Callable[[], str]
 ) -> list[ev.Intent]:
-    """The intents that undo changes which nobody confirmed in time."""
+    """The intents that undo changes which nobody confirmed in time.
+
+    An interface with a pending intent is left out: its recovery comes first.
+    """
     intents: list[ev.Intent] = []
     for each in awaiting:
+        named = state.find(each.name)
+        if named is not None and named.pending is not None:
+            continue
         interface = state.interfaces.get(each.interface_id)
         if interface is None and each.previous is not None:
             intents.append(

@@ -67,7 +67,8 @@ class Interface(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def etag(self) -> str:
         """An entity tag that stands for one desired state only: a spec has one generation of one id."""
-        return f'"{self.id}.{self.generation}{".pending" if self.pending is not None else ""}"'
+        pending = f".{self.pending.position}" if self.pending is not None else ""
+        return f'"{self.id}.{self.generation}{pending}"'
 
     @property
     def wanted(self) -> InterfaceSpec | None:

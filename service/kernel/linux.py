@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import socket
+import struct
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import assert_never
@@ -308,6 +309,8 @@ def _said(what: str) -> Iterator[None]:
     """Turn an OSError inside into the kernel's refusal of `what`."""
     try:
         yield
+    except (struct.error, ValueError, IndexError) as error:
+        raise TunledgerError(ErrorCode.KERNEL_REFUSED, f"{what}: the kernel's answer does not read: {error}") from error
     except OSError as error:
         words = error.strerror if isinstance(error, NetlinkError) else ""
         raise errnos.refused(what, error.errno or errno.EIO, words or "") from error

@@ -197,8 +197,9 @@ class Engine:
         self._render, self._recall, self._publish = render, recall, publish
         self._frozen = frozen
         self._under_way: dict[tuple[str, str], _UnderWay] = {}
-        self._take_back_after = 0.0
+        self._take_back_after, self._take_backs_failed = 0.0, 0
         self._locks: dict[str, asyncio.Lock] = {}
+        self._complaints: list[str] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing = False
         self._rejections = Allowance()
@@ -217,8 +218,11 @@ class Engine:
         self._loop.call_soon_threadsafe(self._recorded, events)
 
     def _recorded(self, events: list[ev.Recorded]) -> None:
-        for event in events:
-            evolve(self.state, event)
+        try:
+            for event in events:
+                evolve(self.state, event)
+        except TunledgerError as error:  # what is in the log must make sense, or nothing may rest on it any more
+            self.freeze(error.message)
         self._publish(events)
 
     async def _append(self, drafts: Sequence[ev.Draft]) -> list[ev.Recorded]:
@@ -359,16 +363,29 @@ class Engine:
         request, command_id = submission.request, submission.command_id
         names = [u.name for u in self.state.unconfirmed.values() if u.command_id == request.confirms]
         async with self._locked(names):
+            try:
+                confirmed = confirm(self.state, request.confirms, request)
+            except TunledgerError as refusal:
+                if request.key:
+                    job = self._closed(submission.actor, command_id, request, (), refusal)
+                    await asyncio.wrap_future(self._writer.run(job))
+                raise
             drafts = [
                 self._draft(ev.interface_stream(body.interface_id), body, actor=submission.actor, command_id=command_id)
-                for body in confirm(self.state, request.confirms, request)
+                for body in confirmed
             ]
             also = self._closed(submission.actor, command_id, request, (), None) if request.key else None
             await asyncio.wrap_future(self._writer.append(drafts, also))
         return self._render(request, command_id, (), None)
 
+    def _has_pending(self, name: str) -> bool:
+        interface = self.state.find(name)
+        return interface is not None and interface.pending is not None
+
     async def take_back_overdue(self) -> None:
         """Undo every change that was not confirmed in time."""
+        if self._frozen is not None or self._closing or time.monotonic() < self._take_back_after:
+            return
         now = self._clock.now()
         overdue: dict[CommandId, list[Unconfirmed]] = {}
         for awaiting in self.state.unconfirmed.values():
@@ -382,29 +399,35 @@ class Engine:
             async with self._locked([c.name for c in changes]):
                 present = [c for c in changes if self.state.unconfirmed.get(c.name) is c]
                 intents = take_back(self.state, present, request, self._clock.new_id)
-                if not intents:
+                if not intents or self._frozen is not None:
                     continue
                 submission = cmd.Submission((), CommandId(self._clock.new_id()), SYSTEM, request)
                 try:
                     await self._intend_and_finish(submission, intents, None)
+                    self._take_backs_failed = 0
                 except TunledgerError as error:
                     log.error("could not take back; it is tried again", command_id=command_id, error=error.message)
-                    self._take_back_after = time.monotonic() + BACK_OFF_FIRST_S * 5
+                    delay_s = min(BACK_OFF_MAX_S, 5 * BACK_OFF_FIRST_S * 2**self._take_backs_failed)
+                    self._take_backs_failed += 1
+                    self._take_back_after = time.monotonic() + delay_s
 
     def next_deadline_s(self) -> float | None:
         """Seconds until the next unconfirmed change is due to be taken back; None if there is none."""
-        if not self.state.unconfirmed:
+        awaited = [u.confirm_by for u in self.state.unconfirmed.values() if not self._has_pending(u.name)]
+        if not awaited or self._frozen is not None:
             return None
-        first = min(awaiting.confirm_by for awaiting in self.state.unconfirmed.values())
+        first = min(awaited)
         return max(self._clock.seconds_until(first), self._take_back_after - time.monotonic(), 0.0)
 
     async def reject(
         self, refusal: TunledgerError, name: str, command: str, actor: str, command_id: CommandId, request: cmd.Request
     ) -> None:
         """Record that a command was refused before it was an intent. A flood is recorded as a number."""
-        allowed, suppressed = self._rejections.take(time.monotonic())
-        if not allowed or self._frozen is not None or self._closing:
+        if self._frozen is not None or self._closing:
             return
+        settled = request.key and not (refusal.retry and refusal.code in _NOT_SETTLED)
+        also = self._closed(actor, command_id, request, (), refusal) if settled else None
+        allowed, suppressed = self._rejections.take(time.monotonic())
         body = ev.CommandRejected(
             name=name,
             command=command,
@@ -414,11 +437,12 @@ class Engine:
             request=request,
             suppressed=suppressed,
         )
-        settled = request.key and not (refusal.retry and refusal.code in _NOT_SETTLED)
-        also = self._closed(actor, command_id, request, (), refusal) if settled else None
         try:
-            draft = self._draft(ev.name_stream(name), body, actor=actor, command_id=command_id)
-            await asyncio.wrap_future(self._writer.append([draft], also))
+            if allowed:
+                draft = self._draft(ev.name_stream(name), body, actor=actor, command_id=command_id)
+                await asyncio.wrap_future(self._writer.append([draft], also))
+            elif also is not None:  # the flood is a number in the log, but a key has its answer
+                await asyncio.wrap_future(self._writer.run(also))
         except TunledgerError as error:
             log.warning("a refusal could not be recorded", name=name, error=error.message)
 
@@ -507,7 +531,7 @@ class Engine:
         """Bring the pending intents of one command to their outcome: all applied and verified, or all undone."""
         created = {w.id: self.state.interfaces[w.id].spec is None for w in wanted}
         results = await self._converge(wanted)
-        stored = self._store(results)  # at once: a later sample must not come before these figures
+        counted = self._job_of(self._last_readings(results))  # at once: a later sample must come after these figures
         failed = next((result for result in results if result.error is not None), None)
         error = failed.error if failed is not None else None
         undone = await self._undo(wanted) if error is not None else True
@@ -530,10 +554,11 @@ class Engine:
             )
 
         told = finished()
-        also = self._closed(actor, command_id, request, told, error) if request.key else None
+        jobs = [counted] if counted is not None else []
+        if request.key:
+            jobs.append(self._closed(actor, command_id, request, told, error))
         try:
-            await asyncio.wrap_future(self._writer.append(drafts, also))
-            await stored
+            await asyncio.wrap_future(self._writer.append(drafts, _together(jobs)))
         except TunledgerError as trouble:
             asyncio.get_running_loop().call_later(BACK_OFF_FIRST_S, self.wake.set)
             raise TunledgerError(
@@ -544,6 +569,9 @@ class Engine:
             ) from trouble
         names = [w.name for w in wanted]
         if error is not None:
+            self._forget_troubles()
+            if not undone:  # what is left is an orphan, or drift
+                asyncio.get_running_loop().call_later(BACK_OFF_FIRST_S, self.wake.set)
             log.warning("command failed", command_id=command_id, names=names, error=error.message)
             if request.key:
                 return Answer(command_id, told, self._render(request, command_id, told, error))
@@ -644,6 +672,7 @@ class Engine:
                 nothing was changed either.
         """
         summary = Summary()
+        self._forget_troubles()
         if self._frozen is not None:
             return summary
         chosen = [i for i in self.state.interfaces.values() if only is None or i.id in only]
@@ -745,6 +774,16 @@ class Engine:
         )
         return [self._draft(stream, body)]
 
+    def _forget_troubles(self) -> None:
+        """Nobody waits for the repair of what is not declared any more."""
+        for interface_id in [i for i in self.troubles if i not in self.state.interfaces]:
+            del self.troubles[interface_id]
+
+    def complain(self, what: str) -> None:
+        """Have something that must not happen said by `health` from now on."""
+        log.error(what)
+        self._complaints.append(what)
+
     def _note_trouble(self, interface_id: InterfaceId, error: TunledgerError) -> bool:
         """Remember a failure and when to try again; whether it is another one than last time."""
         known = self.troubles.get(interface_id)
@@ -782,6 +821,8 @@ class Engine:
 
     def next_retry_s(self) -> float | None:
         """Seconds until the next repair that failed is due again; None if there is none."""
+        if self._frozen is not None:
+            return None
         due = [trouble.next_try for trouble in self.troubles.values()]
         return max(0.0, min(due) - time.monotonic()) if due else None
 
@@ -852,6 +893,9 @@ class Engine:
 
     def _store(self, results: Sequence[Result]) -> "asyncio.Future[None]":
         """Keep the last figures of links and devices that converging let go of."""
+        return self._keep(self._last_readings(results))
+
+    def _last_readings(self, results: Sequence[Result]) -> list[Reading]:
         readings: list[Reading] = []
         for result in results:
             if result.last_link is not None:
@@ -860,15 +904,20 @@ class Engine:
             if result.last_figures is not None:
                 last = result.last_figures
                 readings.append(worker_reading(result.wanted.id, last.session, last.from_kernel, last.to_kernel))
-        return self._keep([self.book.take(reading) for reading in readings])
+        return [self.book.take(reading) for reading in readings]
+
+    def _job_of(self, readings: Sequence[Reading]) -> Job | None:
+        if not readings:
+            return None
+        totals = {interface_id: self.totals(interface_id) for interface_id in {r.interface_id for r in readings}}
+        return self._keeper.store(readings, totals, self._clock.now())
 
     def _keep(self, readings: Sequence[Reading]) -> "asyncio.Future[None]":
-        if not readings:
+        job = self._job_of(readings)
+        if job is None:
             done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             done.set_result(None)
             return done
-        totals = {interface_id: self.totals(interface_id) for interface_id in {r.interface_id for r in readings}}
-        job = self._keeper.store(readings, totals, self._clock.now())
         return asyncio.wrap_future(self._writer.run(job))
 
     # -- looking
@@ -912,6 +961,7 @@ class Engine:
         trouble = self._writer.trouble()
         if trouble is not None:
             found.append(f"the log cannot be written: {trouble}")
+        found += self._complaints
         found += self._hands.dataplane.healthy()
         if self._closing:
             found.append("the service is stopping")
@@ -1019,6 +1069,18 @@ def _outcome(result: Result, failed: Result | None, by: ev.FinishedBy, took_us: 
         errno=error.errno_name,
         undone=undone,
     )
+
+
+def _together(jobs: Sequence[Job]) -> Job | None:
+    """Several jobs as one."""
+    if not jobs:
+        return None
+
+    def write(connection: Any) -> None:
+        for job in jobs:
+            job(connection)
+
+    return write
 
 
 def _may_overlap(command: cmd.Command) -> bool:

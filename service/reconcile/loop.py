@@ -10,6 +10,8 @@ import structlog
 from service.domain.errors import TunledgerError
 from service.reconcile.engine import Engine
 
+LEAST_S = 0.05  # between two turns, whatever is due: a mistake must cost no processor
+
 log = structlog.get_logger("tunledger.loop")
 
 
@@ -20,7 +22,7 @@ async def keep_reconciled(engine: Engine, interval_s: float) -> None:
     """
     while True:
         due = [interval_s, engine.next_retry_s(), engine.next_deadline_s()]
-        await _wait(engine.wake, min(seconds for seconds in due if seconds is not None))
+        await _wait(engine.wake, max(LEAST_S, min(seconds for seconds in due if seconds is not None)))
         engine.wake.clear()
         try:
             await engine.take_back_overdue()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import insert
 
 from service.store import schema
 from service.store.database import open_reader, unreadable
@@ -46,8 +47,11 @@ def opened(actor: str, key: str, fingerprint: str, command_id: str, now: str) ->
 
     def write(connection: sa.Connection) -> None:
         connection.execute(
-            schema.answers.insert().values(
-                actor=actor, key=key, fingerprint=fingerprint, command_id=command_id, recorded_at=now
+            insert(schema.answers)
+            .values(actor=actor, key=key, fingerprint=fingerprint, command_id=command_id, recorded_at=now)
+            .on_conflict_do_update(  # a refusal of the same key that came in between: what has an effect counts
+                index_elements=["actor", "key"],
+                set_={"fingerprint": fingerprint, "command_id": command_id, "status": None},
             )
         )
 
@@ -55,17 +59,20 @@ def opened(actor: str, key: str, fingerprint: str, command_id: str, now: str) ->
 
 
 def closed(actor: str, key: str, fingerprint: str, command_id: str, now: str, reply: Reply) -> Job:
-    """The statement that goes with the outcome, or with the refusal of a request that never became an intent."""
+    """The statement that goes with the outcome, or with the refusal of a request that never became an intent.
+
+    A reply that is there already stays: another request under the same key cannot change what the first one heard.
+    """
 
     def write(connection: sa.Connection) -> None:
-        insert = sa.text(
+        statement = sa.text(
             "INSERT INTO answers (actor, key, fingerprint, command_id, recorded_at, status, body, headers, media_type) "
             "VALUES (:actor, :key, :fingerprint, :command_id, :now, :status, :body, :headers, :media_type) "
             "ON CONFLICT (actor, key) DO UPDATE SET status = :status, body = :body, headers = :headers, "
-            "media_type = :media_type"
+            "media_type = :media_type WHERE answers.status IS NULL AND answers.command_id = :command_id"
         )
         connection.execute(
-            insert,
+            statement,
             {
                 "actor": actor,
                 "key": key,

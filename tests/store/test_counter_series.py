@@ -299,15 +299,14 @@ def test_what_was_remembered_of_a_sample_that_was_not_written_is_forgotten(host:
     for future in (lost, failing):
         with pytest.raises(TunledgerError):
             future.result(DEADLINE_S)
-    host.now += INTERVAL_MS
-    host.counted[ONE] = 6
+    host.now += 2 * INTERVAL_MS
     host.write(host.job(ONE))
     host.log.append(draft(note()))
-    found = series.series(ONE, START, host.now, None)
-    assert [p.at for p in found] == [START + 1, START + 1 + 2 * INTERVAL_MS]
-    assert found[1].rates is not None
-    assert found[1].rates[0] == pytest.approx(6 / 20)
-    assert found[1].classes == {"from_kernel.ipv4.tcp": (3, 42), "to_kernel.ipv6.udp": (6, 6)}
+    _, found = series.series(ONE, START, host.now, None)
+    assert found.at == START + 1 + 3 * INTERVAL_MS
+    assert found.gap_ms == 3 * INTERVAL_MS, "since the last one that was written"
+    assert found.rates is None
+    assert found.classes == {"from_kernel.ipv4.tcp": (2, 35), "to_kernel.ipv6.udp": (5, 5)}
 
 
 def test_a_retired_interface_is_still_told_of(host: Host, series: CounterReader) -> None:
