@@ -47,7 +47,9 @@ from service.store.reader import LogReader, Verification
 from service.store.snapshots import Auditor, Opened, Past, open_log
 from service.store.writer import LogWriter
 
-EX_SOFTWARE, EX_IOERR = 70, 74  # sysexits.h
+EX_IOERR = 74  # sysexits.h
+CAP_NET_ADMIN = 12  # include/uapi/linux/capability.h
+START_UP_RETRY_S = 2.0  # a disk that is full may have room again
 FORCED = 128  # plus the number of the signal, as shells count
 
 log = structlog.get_logger("tunledger")
@@ -99,10 +101,10 @@ def serve(config: Config) -> int:
     path = config.database.path
     if not path.parent.is_dir():
         raise TunledgerError(ErrorCode.SCHEMA_MISMATCH, f"{path} has no log yet: run tunledger migrate")
-    listening = _listen(config.server.host, config.server.port)
-    address = "{}:{}".format(*listening.getsockname()[:2])
-    who = {"pid": os.getpid(), "since": SystemClock().now(), "what": f"tunledger serve on {address}"}
-    with listening, InstanceLock(path, who):
+    where = f"{config.server.host}:{config.server.port}"
+    who = {"pid": os.getpid(), "since": SystemClock().now(), "what": f"tunledger serve on {where}"}
+    with InstanceLock(path, who), _listen(config.server.host, config.server.port) as listening:
+        address = "{}:{}".format(*listening.getsockname()[:2])
         return asyncio.run(_Service(config, path, listening, address).run())
 
 
@@ -293,8 +295,9 @@ class _Service:
             pid=os.getpid(), version=__version__, boot_id=boot_id(), uid=os.geteuid(), address=self._address
         )
         log.info("starting", version=__version__, database=str(self._path), node=engine.node)
-        summary = await engine.start_up(started)
-        log.info("reconciled", interfaces=len(engine.state.interfaces), summary=str(summary))
+        starting = await self._start_up(engine, started)
+        if not has_net_admin():
+            engine.complain("no command can be carried out: CAP_NET_ADMIN is missing; run as root or grant it")
         orders = Orders(engine, self._clock, _defaults(self._config))
         if self._auditor is not None:
             self._auditor.start()
@@ -325,6 +328,7 @@ class _Service:
         tasks = [
             asyncio.create_task(keep_reconciled(engine, self._config.reconcile.interval_s)),
             asyncio.create_task(keep_counted(engine, self._config.counters.interval_s)),
+            *([starting] if starting is not None else []),
         ]
         for task in tasks:
             task.add_done_callback(lambda ended: _tell_of_end(engine, ended))
@@ -339,6 +343,31 @@ class _Service:
             log.info("stopping", reason=reason)
             if self._broken is None:
                 await self._stop(engine, reason)
+
+    async def _start_up(self, engine: Engine, started: ev.ServiceStarted) -> "asyncio.Task[None] | None":
+        """Start the engine up; where the log has no room for that now, go on trying while reads are served."""
+
+        async def attempt() -> TunledgerError | None:
+            try:
+                summary = await engine.start_up(started)
+            except TunledgerError as error:
+                if not error.retry:
+                    raise
+                return error
+            if engine.frozen is not None:
+                log.warning("not reconciled: read-only", reason=engine.frozen)
+            else:
+                log.info("reconciled", interfaces=len(engine.state.interfaces), summary=str(summary))
+            return None
+
+        async def again(error: TunledgerError | None) -> None:
+            while error is not None:
+                log.error("start-up waits", reason=error.message, retry_s=START_UP_RETRY_S)
+                await asyncio.sleep(START_UP_RETRY_S)
+                error = await attempt()
+
+        error = await attempt()
+        return asyncio.create_task(again(error)) if error is not None else None
 
     async def _stop(self, engine: Engine, reason: str) -> None:
         limit_s = self._config.shutdown.timeout_s
@@ -369,6 +398,13 @@ class _Service:
         self._feed.close()
         if self._server is not None:
             self._server.should_exit = True
+
+
+def has_net_admin() -> bool:
+    """Whether this process may change links: CAP_NET_ADMIN in its effective set (capabilities(7))."""
+    status = Path("/proc/self/status").read_text()
+    effective = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff"))
+    return bool(effective >> CAP_NET_ADMIN & 1)
 
 
 def _tell_of_end(engine: Engine, task: "asyncio.Task[None]") -> None:

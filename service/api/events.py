@@ -235,17 +235,17 @@ class EventsController(Controller):
 Given = Mapping[str, Sequence[str]]
 
 
-def parameters(request: Request[Any, Any, Any], *known: str) -> Given:
-    """The query, each parameter known and, but for `type`, given once. Raises TunledgerError: invalid_field."""
+def parameters(request: Request[Any, Any, Any], *known: str, repeated: str = "type") -> Given:
+    """The query, each parameter known and, but for `repeated`, given once. Raises TunledgerError: invalid_field."""
     given: dict[str, list[str]] = {}
     for name, value in request.query_params.multi_items():
         if name not in known:
             raise TunledgerError(
                 ErrorCode.INVALID_FIELD,
-                f"{shown(name)}: unknown parameter; known here: {', '.join(known)}",
+                f"{shown(name)}: unknown parameter; known here: {', '.join(known) or 'none'}",
                 field=name,
             )
-        if name in given and name != "type":
+        if name in given and name != repeated:
             raise TunledgerError(ErrorCode.INVALID_FIELD, f"{name}: given twice; give it once", field=name)
         given.setdefault(name, []).append(value)
     return given

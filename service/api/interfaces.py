@@ -15,6 +15,7 @@ from litestar import Controller, Request, Response, delete, get, patch, post, pu
 from litestar.params import Parameter, QueryParameter
 
 from service.api import bodies
+from service.api.events import parameters
 from service.api.orders import Orders
 from service.api.problems import BATCH_MAX_BYTES, answer
 from service.api.read import LogView
@@ -40,6 +41,7 @@ class InterfacesController(Controller):
     @get("")
     async def list_interfaces(
         self,
+        request: Request[Any, Any, Any],
         orders: Orders,
         name: str | None = None,
         mode: str | None = None,
@@ -49,6 +51,7 @@ class InterfacesController(Controller):
         limit: Limit = PAGE_DEFAULT,
     ) -> Response[bytes]:
         """Interfaces in order of their names, a page at a time."""
+        parameters(request, "name", "mode", "state", "label", "cursor", "limit", repeated="label")
         engine = orders.engine
         accepts = _filter(name, mode, label or [])
         after = _decoded(cursor) if cursor is not None else ""
@@ -79,8 +82,9 @@ class InterfacesController(Controller):
         return await order.carry_out(command)
 
     @get("/{name:str}")
-    async def read_interface(self, orders: Orders, name: str) -> Response[bytes]:
+    async def read_interface(self, request: Request[Any, Any, Any], orders: Orders, name: str) -> Response[bytes]:
         """One interface: what is desired of it and what is known of it."""
+        parameters(request)
         interface = _existing(orders, name)
         (found,) = await present(orders.engine, [interface])
         return answer(found, headers={"ETag": interface.etag})
@@ -163,8 +167,9 @@ class CommandsController(Controller):
         return await order.carry_out(*commands)
 
     @get("/commands/{command_id:str}")
-    async def read_command(self, view: LogView, command_id: str) -> Response[bytes]:
+    async def read_command(self, request: Request[Any, Any, Any], view: LogView, command_id: str) -> Response[bytes]:
         """What became of a command."""
+        parameters(request)
         found = await asyncio.to_thread(view.command, command_id)
         return answer(found, headers={"ETag": f'"{command_id}.{found["state"]}"'})
 
@@ -181,6 +186,7 @@ class CommandsController(Controller):
     @get(["/history", "/interfaces/{name:str}/history"])
     async def history(
         self,
+        request: Request[Any, Any, Any],
         view: LogView,
         name: str | None = None,
         id: str | None = None,  # noqa: A002  # the query parameter's name
@@ -188,6 +194,7 @@ class CommandsController(Controller):
         limit: Annotated[int, Parameter(ge=1, le=HISTORY_MAX)] = 100,
     ) -> Response[bytes]:
         """The latest changes, newest first: of everything, of a name over all its interfaces, or of one id."""
+        parameters(request, "id", "before", "limit")
         first = before == POSITION_MAX
         entries, following = await asyncio.to_thread(
             view.history, name, limit, interface_id=id, before=None if first else before
@@ -205,8 +212,9 @@ class CommandsController(Controller):
         return answer({"dry_run": False, **(await orders.engine.reconcile_now()).to_json()})
 
     @get("/drift")
-    async def drift(self, orders: Orders) -> Response[bytes]:
+    async def drift(self, request: Request[Any, Any, Any], orders: Orders) -> Response[bytes]:
         """What differs now between the log and the host, and what would mend it."""
+        parameters(request)
         return answer({"drift": await _drift(orders)})
 
 

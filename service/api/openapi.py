@@ -375,7 +375,7 @@ def _operations() -> list[Operation]:
             answers={
                 200: Answer(schema=ref("Interface"), description="the interface", headers=_ETAG, links=_TO_INTERFACE)
             },
-            codes=(_E.NO_INTERFACE, *_HOST_READ),
+            codes=(_E.INVALID_FIELD, _E.NO_INTERFACE, *_HOST_READ),
         ),
         Operation(
             method="put",
@@ -494,7 +494,7 @@ def _operations() -> list[Operation]:
             summary="What became of a command",
             parameters=("CommandId",),
             answers={200: Answer(schema=ref("Command"), description="the command", headers=_ETAG)},
-            codes=(_E.NOT_FOUND, *_LOG_READ),
+            codes=(_E.INVALID_FIELD, _E.NOT_FOUND, *_LOG_READ),
         ),
         Operation(
             method="post",
@@ -555,7 +555,7 @@ def _operations() -> list[Operation]:
             summary="What differs now",
             description="Between the log and the host, in dotted paths, and what would mend it.",
             answers={200: Answer(schema=ref("Drift"), description="what differs")},
-            codes=_HOST_READ,
+            codes=(_E.INVALID_FIELD, *_HOST_READ),
         ),
         Operation(
             method="get",

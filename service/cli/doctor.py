@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from service.cli.client import CallError, Client, url_of
 from service.config import Config
-from service.domain.errors import TunledgerError
+from service.domain.errors import ErrorCode, TunledgerError
 from service.kernel import tundev
 from service.kernel.errnos import no_device_node
 from service.kernel.linux import LinuxKernel
@@ -39,7 +39,7 @@ def examine(config: Config) -> list[Finding]:
         _capability(),
         _device_node(),
         service,
-        *_database(config, serving=service.state == "ok" and "answers" in service.found),
+        *_database(config, serving="tunledger" in service.found),
         _leftovers(config),
     ]
 
@@ -93,7 +93,9 @@ def _database(config: Config, *, serving: bool) -> list[Finding]:
     try:
         database.require_current(path)
     except TunledgerError as error:
-        return [Finding("database", "FAIL", error.message, "tunledger migrate")]
+        lost = error.code is ErrorCode.LOG_CORRUPT
+        mend = "keep the file, restore a copy; until then the service starts read-only" if lost else "tunledger migrate"
+        return [Finding("database", "FAIL", error.message, mend)]
     except OSError as error:
         return [Finding("database", "FAIL", f"{path}: {error.strerror}", "run as the service's user")]
     found = []
@@ -158,6 +160,6 @@ def _leftovers(config: Config) -> Finding:
             "tunledger serve removes them",
         )
     if foreign:
-        mend = "; ".join(f"ip link delete {name}" for name in foreign[:3])
+        mend = "leave them to that one; only if its database is gone for good: ip link delete NAME"
         return Finding("interfaces", "warning", f"of another tunledger database: {', '.join(foreign)}", mend)
     return Finding("interfaces", "ok", f"{len(links)} of ours, all declared")

@@ -112,7 +112,8 @@ def confirm(state: State, command_id: str, request: cmd.Request) -> list[ev.Chan
     found = [awaiting for awaiting in state.unconfirmed.values() if awaiting.command_id == command_id]
     if not found:
         raise TunledgerError(
-            ErrorCode.NOT_AWAITING, f"command {command_id} awaits no confirmation: it never did, or it is too late"
+            ErrorCode.NOT_AWAITING,
+            f"command {command_id} awaits no confirmation: it had one, never needed one, or it is too late",
         )
     return [
         ev.ChangeConfirmed(interface_id=each.interface_id, name=each.name, confirms=each.command_id, request=request)

@@ -96,7 +96,7 @@ def plan(token: Token, name: InterfaceName, spec: InterfaceSpec | None, sight: S
     """
     link = sight.link
     if spec is None:
-        return _removal(token, sight)
+        return _removal(token, name, sight)
     if link is not None and _same_device(spec, link):
         return _edit(spec, sight, link)
     if sight.occupant is not None:
@@ -114,7 +114,7 @@ def plan(token: Token, name: InterfaceName, spec: InterfaceSpec | None, sight: S
     )
     create = st.CreateLink(name, token, spec.mode, spec.multi_queue, spec.owner, spec.group)
     after = _edit(spec, Sight(link=fresh), fresh)
-    return (*_removal(token, sight), create, *after)
+    return (*_removal(token, name, sight), create, *after)
 
 
 def verify(token: Token, name: str, spec: InterfaceSpec | None, sight: Sight) -> None:
@@ -137,10 +137,9 @@ def _same_device(spec: InterfaceSpec, link: ObservedLink) -> bool:
     return link.mode is spec.mode and link.multi_queue == spec.multi_queue and link.persist and not disowned
 
 
-def _removal(token: Token, sight: Sight) -> tuple[st.Step, ...]:
+def _removal(token: Token, name: str, sight: Sight) -> tuple[st.Step, ...]:
     found: list[st.Step] = []
     if sight.attached:  # first: a device that is read while it is deleted gives the worker an error
-        name = sight.link.name if sight.link is not None else ""
         found.append(st.StopProcessing(name, token.interface_id))
     if sight.link is not None:
         found.append(st.DeleteLink(sight.link.name, sight.link.ifindex, token))

@@ -50,7 +50,7 @@ class Interface(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         spec: the last spec that was applied, or None while its very first command is pending.
         version: of its stream, that is the number of its events.
-        generation: grows by one with every applied change of the spec.
+        generation: grows by one with every applied change of the spec; writing the same again is no change.
         via: the API that declared it.
     """
 
@@ -174,7 +174,7 @@ def evolve(state: State, event: ev.Recorded) -> None:
                     interface,
                     spec=interface.pending.spec,
                     pending=None,
-                    generation=interface.generation + 1,
+                    generation=interface.generation + (interface.pending.spec != interface.spec),
                     version=event.version,
                     applied_position=event.position,
                 )

@@ -446,6 +446,11 @@ class Engine:
         except TunledgerError as error:
             log.warning("a refusal could not be recorded", name=name, error=error.message)
 
+    @property
+    def frozen(self) -> str | None:
+        """Why nothing may be changed, or None."""
+        return self._frozen
+
     def freeze(self, reason: str) -> None:
         """From now on nothing is changed: the log turned out not to be what it should."""
         log.error("read-only from now on", reason=reason)
@@ -593,7 +598,8 @@ class Engine:
             return msgspec.structs.replace(interface, pending=None) if interface.spec is not None else None
         if wanted.spec is None:
             return None
-        return msgspec.structs.replace(interface, spec=wanted.spec, pending=None, generation=interface.generation + 1)
+        generation = interface.generation + (wanted.spec != interface.spec)
+        return msgspec.structs.replace(interface, spec=wanted.spec, pending=None, generation=generation)
 
     def _closed(
         self,

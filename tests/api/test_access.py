@@ -111,12 +111,15 @@ def test_reading_through_another_host_is_refused_too(api: Running) -> None:
 
 
 def test_a_web_page_cannot_order_anything(api: Running) -> None:
-    for origin in ("http://evil.com", "null", ""):
+    for origin in ("http://evil.com", "null", "", "http://localhost:3000"):
         answer = api.call("POST", "/api/interface/create", headers={"Origin": origin})
         assert answer.status_code == 403
-        assert answer.json() == {"error": f"Origin: {origin} is not a page of this host"}
+        assert answer.json() == {"error": f"Origin: {origin} is not a page of this service"}
+    for site in ("cross-site", "same-site"):
+        assert api.call("POST", "/api/interface/create", headers={"Sec-Fetch-Site": site}).status_code == 403
     assert api.intents() == []
-    assert api.call("POST", "/api/interface/create", headers={"Origin": "http://localhost:3000"}).status_code == 200
+    own = {"Host": f"localhost:{PORT}", "Origin": f"http://localhost:{PORT}", "Sec-Fetch-Site": "same-origin"}
+    assert api.call("POST", "/api/interface/create", headers=own).status_code == 200
 
 
 def test_the_kernel_is_asked_about_exactly_this_connection(path: Path) -> None:

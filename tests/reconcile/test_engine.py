@@ -11,6 +11,7 @@ from service.domain import commands as cmd
 from service.domain import events as ev
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.observed import LinkCounters
+from service.domain.spec import parse_spec
 from service.domain.steps import CreateLink, DeleteLink, SetMtu
 from service.domain.values import InterfaceName, Mode
 from service.kernel.fake import FakeKernel
@@ -279,3 +280,65 @@ def test_a_flood_of_refusals_is_recorded_as_a_number() -> None:
     assert [allowed for allowed, _ in taken] == [True] * 3 + [False] * 7
     assert allowance.take(2.5) == (True, 7)
     assert allowance.take(2.5) == (False, 0)
+
+
+async def test_a_take_back_waits_for_a_pending_intent_and_never_comes_upon_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The outcome of a take-back that could not be recorded is recovery's to bring, and no second intent comes."""
+    async with running(tmp_path, FakeKernel()) as rig:
+        await rig.declare()
+        change = cmd.PatchInterface(InterfaceName("tun0"), {"mtu": 1400})
+        await rig.order(change, confirm_by="2020-01-01T00:00:00.000000Z")
+        append, calls = rig.writer.append, 0
+
+        def full_at_second(*arguments: Any) -> "Future[list[ev.Recorded]]":
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                raise TunledgerError(ErrorCode.LOG_FULL, "disk full", retry=True)
+            return append(*arguments)
+
+        monkeypatch.setattr(rig.writer, "append", full_at_second)
+        await rig.engine.take_back_overdue()
+        monkeypatch.setattr(rig.engine, "_take_back_after", 0.0)
+        await rig.engine.take_back_overdue()
+        assert len(rig.of(ev.InterfaceReconfigured)) == 2, "a second take-back was recorded upon the first"
+        await rig.engine.reconcile()
+        assert rig.kernel.observe(["tun0"]).links["tun0"].mtu == 1500
+        assert rig.engine.state.unconfirmed == {}
+        assert_settled(rig)
+
+
+async def test_a_frozen_log_takes_nothing_back(tmp_path: Path) -> None:
+    async with running(tmp_path, FakeKernel()) as rig:
+        await rig.order(cmd.DeclareInterface(parse_spec({"name": "tun0"})), confirm_by="2020-01-01T00:00:00.000000Z")
+        rig.engine.freeze("somebody changed the log")
+        await rig.engine.take_back_overdue()
+        assert "tun0" in rig.kernel.observe().links
+        assert rig.engine.next_deadline_s() is None
+
+
+async def test_the_trouble_of_what_is_gone_is_forgotten(tmp_path: Path) -> None:
+    """A create that fails and cannot be undone leaves no repair that is due for ever."""
+    kernel = FakeKernel()
+    async with running(tmp_path, kernel) as rig:
+        kernel.fail(NO_MEMORY, on=SetMtu)
+        kernel.fail(NO_MEMORY, on=DeleteLink)
+        with pytest.raises(TunledgerError):
+            await rig.declare(mtu=1400)
+        assert rig.engine.troubles == {}
+        assert rig.engine.next_retry_s() is None
+        await rig.engine.reconcile()
+        assert "tun0" not in kernel.observe().links, "the orphan is removed"
+
+
+async def test_writing_the_same_again_is_no_other_state(tmp_path: Path) -> None:
+    async with running(tmp_path, FakeKernel()) as rig:
+        first = (await rig.declare()).finished[0].interface
+        second = (await rig.change({"mtu": 1500})).finished[0].interface
+        third = (await rig.change({"mtu": 1400})).finished[0].interface
+        assert first is not None
+        assert second is not None
+        assert third is not None
+        assert first.etag == second.etag != third.etag

@@ -20,7 +20,9 @@ SEED = 20260301
 CONFIG = ROOT / "tests/schema/schemathesis.toml"
 
 
-def attack(service: Service, folder: Path, *arguments: str, seed: int = SEED) -> None:
+def attack(
+    service: Service, folder: Path, terminal: pytest.CaptureFixture[str], *arguments: str, seed: int = SEED
+) -> None:
     """Run schemathesis, print its summary, and check what must hold whatever it did."""
     for number in range(5):  # hooks.py sends most requests to these
         spec = {"name": f"lab{number}", "mode": ("tun", "tap")[number % 2], "processing": {"running": number == 4}}
@@ -45,7 +47,8 @@ def attack(service: Service, folder: Path, *arguments: str, seed: int = SEED) ->
         check=False,
     )
     summary = re.search(r"^=+ SUMMARY =+$.*", done.stdout, re.MULTILINE | re.DOTALL)
-    print(summary[0] if summary else done.stdout)  # noqa: T201  # pytest shows it with -s or on failure
+    with terminal.disabled():
+        print(f"\n{summary[0] if summary else done.stdout}")
     assert done.returncode == 0, f"{done.stdout[-20000:]}\n{done.stderr[-2000:]}\n{service.log.read_text()[-3000:]}"
 
     assert service.call("GET", "/health")[0] == 200
@@ -60,12 +63,14 @@ def attack(service: Service, folder: Path, *arguments: str, seed: int = SEED) ->
 
 
 @pytest.mark.timeout(300)
-def test_the_service_stands_up_to_schemathesis(service: Service, tmp_path: Path) -> None:
-    attack(service, tmp_path, "--max-examples=10")
+def test_the_service_stands_up_to_schemathesis(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attack(service, tmp_path, capsys)
 
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_for_long(service: Service, tmp_path: Path, seed: int) -> None:
-    attack(service, tmp_path, "--max-examples=150", seed=seed)
+def test_for_long(service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int) -> None:
+    attack(service, tmp_path, capsys, "--max-examples=150", seed=seed)
