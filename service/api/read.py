@@ -80,7 +80,7 @@ def entry(event: ev.Recorded, outcome: ev.Recorded | None = None) -> dict[str, A
         "name": getattr(body, "name", None),
         "interface_id": getattr(body, "interface_id", None),
         "what": what(body),
-        "origin": "repair" if event.actor == "system" else "client",
+        "origin": _origin(event),
         "outcome": None,
         "message": None,
         "took_us": getattr(body, "took_us", None),
@@ -115,6 +115,14 @@ def entry(event: ev.Recorded, outcome: ev.Recorded | None = None) -> dict[str, A
         case _:
             pass
     return told
+
+
+def _origin(event: ev.Recorded) -> str | None:
+    """Whose doing it was: a client's, or a repair's; of the service's own comings and goings nobody's."""
+    if event.actor != "system":
+        return "client"
+    told = ev.Intent | ev.DriftDetected | ev.DriftRepaired | ev.RepairFailed | ev.OrphanRemoved
+    return "repair" if isinstance(event.body, told) else None
 
 
 def what(body: ev.Event) -> str:

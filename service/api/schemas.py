@@ -322,7 +322,7 @@ _HISTORY_ENTRY: Final = record(
         "name": nullable(text("the interface's")),
         "interface_id": nullable(ID),
         "what": text("in a few words"),
-        "origin": text(enum=["client", "repair", "recovery"]),
+        "origin": nullable(text(enum=["client", "repair", "recovery"])),
         "outcome": nullable(text(enum=["pending", "applied", "failed", "rejected", "repaired"])),
         "message": nullable(text("the kernel's words, or why it was rejected")),
         "took_us": nullable(integer("microseconds", minimum=0)),

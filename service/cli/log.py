@@ -58,7 +58,7 @@ def _history_row(entry: Mapping[str, Any], *, changes: bool) -> list[str]:
     errno = f" [{entry['errno']}]" if entry.get("errno") else ""
     lines = [entry["message"] + errno] if entry["message"] else []
     lines += show.changes(entry["changes"]) if changes else []
-    origin = "" if entry["origin"] == "client" else f", {entry['origin']}"
+    origin = "" if entry["origin"] in {"client", None} else f", {entry['origin']}"
     return [
         str(entry["position"]),
         show.when(entry["recorded_at"]),

@@ -26,10 +26,10 @@ def test_a_position_fits_the_database(api: Running, before: str) -> None:
     assert found["detail"].startswith("before: ")
 
 
-@pytest.mark.parametrize("path", ["", "/lab0", "/lab0/history"])
-def test_a_misspelt_parameter_is_refused_on_reads_too(api: Running, path: str) -> None:
+@pytest.mark.parametrize("where", ["", "/lab0", "/lab0/history"])
+def test_a_misspelt_parameter_is_refused_on_reads_too(api: Running, where: str) -> None:
     api.call("POST", "/api/v1/interfaces", {"name": "lab0"})
-    assert problem(api, "GET", f"/api/v1/interfaces{path}?stat=degraded")["pointer"] == "/stat"
+    assert problem(api, "GET", f"/api/v1/interfaces{where}?stat=degraded")["pointer"] == "/stat"
 
 
 def test_a_parameter_is_given_once(api: Running) -> None:
@@ -61,10 +61,10 @@ def test_a_location_is_a_reference(api: Running) -> None:
     assert api.call("GET", response.headers["location"]).json()["spec"]["name"] == 'a<b#?"c'
 
 
-@pytest.mark.parametrize(("method", "path"), [("PUT", "/lab0"), ("PATCH", "/lab0"), ("POST", "")])
-def test_a_body_that_got_lost_resets_nothing(api: Running, method: str, path: str) -> None:
+@pytest.mark.parametrize(("method", "where"), [("PUT", "/lab0"), ("PATCH", "/lab0"), ("POST", "")])
+def test_a_body_that_got_lost_resets_nothing(api: Running, method: str, where: str) -> None:
     api.call("PUT", "/api/v1/interfaces/lab0", {"mtu": 1300})
-    assert problem(api, method, f"/api/v1/interfaces{path}")["code"] == "invalid_json"
+    assert problem(api, method, f"/api/v1/interfaces{where}")["code"] == "invalid_json"
     assert api.call("GET", "/api/v1/interfaces/lab0").json()["spec"]["mtu"] == 1300
 
 

@@ -48,7 +48,7 @@ def attack(
     )
     summary = re.search(r"^=+ SUMMARY =+$.*", done.stdout, re.MULTILINE | re.DOTALL)
     with terminal.disabled():
-        print(f"\n{summary[0] if summary else done.stdout}")
+        sys.stdout.write(f"\n{summary[0] if summary else done.stdout}")
     assert done.returncode == 0, f"{done.stdout[-20000:]}\n{done.stderr[-2000:]}\n{service.log.read_text()[-3000:]}"
 
     assert service.call("GET", "/health")[0] == 200
