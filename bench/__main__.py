@@ -2,9 +2,9 @@
 
 import sys
 
-from bench import control, log
+from bench import control, counters, log
 
-ALL = {"control": control.run, "log": log.run}
+ALL = {"control": control.run, "counters": counters.run, "log": log.run}
 
 
 def main() -> None:

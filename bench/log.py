@@ -29,8 +29,8 @@ from tests.store import lives
 EVENTS, INTERFACES = 1_000_000, 1_000
 PAGE = 100
 ROUNDS = 100  # of what takes milliseconds
-STARTS = 10
-FROM_ZERO = 3  # states folded from the beginning, for comparison
+STARTS = 5
+FROM_ZERO = 1  # states folded from the beginning, for comparison
 
 # What serving imports, and what it does before it looks at the host.
 _START = """

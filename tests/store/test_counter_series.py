@@ -465,7 +465,7 @@ _MOVE = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(_MOVE, max_size=10), st.sampled_from([1, 7, 40]))
 def test_what_is_read_is_what_was_sampled_whatever_happens(
     migrated: Path, tmp_path: Path, moves: list[tuple[str, int]], bite: int
