@@ -199,7 +199,10 @@ class CommandsController(Controller):
         entries, following = await asyncio.to_thread(
             view.history, name, limit, interface_id=id, before=None if first else before
         )
-        if (name is not None or id is not None) and not entries and first:
+        one = name is not None or id is not None
+        if one and not entries and not first:  # nothing before this position, or nothing at all?
+            first = not (await asyncio.to_thread(view.history, name, 1, interface_id=id))[0]
+        if one and not entries and first:
             raise TunledgerError(ErrorCode.NOT_FOUND, f"nothing is known of an interface {id or name}")
         return answer({"history": entries, "next": following})
 
@@ -259,6 +262,9 @@ def _encoded(name: str) -> str:
 
 def _decoded(cursor: str) -> str:
     try:
-        return base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode("ascii")
+        name = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode("ascii")
     except ValueError:
-        raise invalid("cursor", cursor, 'is not one that "next" of an earlier page gave') from None
+        name = ""
+    if not name or _encoded(name) != cursor:  # what is not base64 is passed over by decoding
+        raise invalid("cursor", cursor, 'is not one that "next" of an earlier page gave')
+    return name

@@ -26,6 +26,19 @@ def test_a_position_fits_the_database(api: Running, before: str) -> None:
     assert found["detail"].startswith("before: ")
 
 
+@pytest.mark.parametrize("cursor", ["", "%21%21%21%21", "YQ%3D%3D", "YR", "x", "4pyT"])
+def test_a_cursor_is_one_that_was_given(api: Running, cursor: str) -> None:
+    assert problem(api, "GET", f"/api/v1/interfaces?cursor={cursor}")["pointer"] == "/cursor"
+
+
+def test_a_page_before_everything_is_empty_and_one_of_nothing_is_not_there(api: Running) -> None:
+    interface_id = api.call("PUT", "/api/v1/interfaces/lab0", {}).json()["id"]
+    for known in (f"history?id={interface_id}&", "interfaces/lab0/history?"):
+        assert api.call("GET", f"/api/v1/{known}before=1").json() == {"history": [], "next": None}
+    for unknown in ("history?id=nobody&", "interfaces/lab9/history?"):
+        assert problem(api, "GET", f"/api/v1/{unknown}before=1", status=404)["code"] == "not_found"
+
+
 @pytest.mark.parametrize("where", ["", "/lab0", "/lab0/history"])
 def test_a_misspelt_parameter_is_refused_on_reads_too(api: Running, where: str) -> None:
     api.call("POST", "/api/v1/interfaces", {"name": "lab0"})

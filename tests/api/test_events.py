@@ -609,6 +609,23 @@ def reading(api: Streaming, query: str = "", **headers: str) -> Iterator[Reader]
         api.run(context.__aexit__(None, None, None))
 
 
+@pytest.fixture(autouse=True)
+def _takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remember of each subscription whether it takes from the feed already, and no longer from the database."""
+    take = Subscription.take
+
+    async def seen(self: Subscription, within_s: float) -> list[ev.Recorded]:
+        vars(self)["takes"] = True
+        return await take(self, within_s)
+
+    monkeypatch.setattr(Subscription, "take", seen)
+
+
+def until_live(api: Streaming, count: int) -> None:
+    """Wait until so many streams have caught up."""
+    until(lambda: on_loop(api, lambda: sum("takes" in vars(each) for each in api.feed._subscriptions)) == count)
+
+
 def on_loop(api: Streaming, work: Callable[[], Any]) -> Any:
     """Do something on the service's own loop."""
 
@@ -708,7 +725,7 @@ def test_streams_taken_up_again_have_no_gap_and_no_repeat_while_events_come_in(
 
 def test_a_stream_reads_the_database_again_where_the_feed_has_a_hole(live: Streaming) -> None:
     with reading(live) as reader:
-        until(lambda: reader.frames)
+        until_live(live, 1)
         live.engine._publish = lambda _events: None  # what is recorded now, the feed is not told
         live.append(*[note()] * 5)
         live.engine._publish = live.feed.publish
@@ -719,7 +736,7 @@ def test_a_stream_reads_the_database_again_where_the_feed_has_a_hole(live: Strea
 
 def test_an_event_that_is_told_twice_is_sent_once(live: Streaming) -> None:
     with reading(live) as reader:
-        until(lambda: reader.frames)
+        until_live(live, 1)
         first = live.append()
         on_loop(live, lambda: live.feed.publish(first))
         last = live.append()[-1].position
@@ -761,7 +778,7 @@ def test_a_reader_that_takes_nothing_is_dropped_with_a_reason_and_nobody_else_no
 ) -> None:
     monkeypatch.setattr(subject, "CHUNK_EVENTS", 1)
     with Streaming(path, feed=Feed(buffer_events=50)) as live, reading(live) as slow, reading(live) as quick:
-        until(lambda: slow.frames and quick.frames)
+        until_live(live, 2)
         head = live.get("/api/v1/log/head")["position"]
         on_loop(live, slow.may_take.clear)
         sent = slow.sending
@@ -789,7 +806,7 @@ def test_a_reader_that_stalls_for_good_is_given_up(path: Path) -> None:
     with Streaming(path) as live:
         live.log.stall_s = 0.05
         with reading(live) as stuck:
-            until(lambda: stuck.frames)
+            until_live(live, 1)
             on_loop(live, stuck.may_take.clear)
             live.append()
             until(lambda: on_loop(live, lambda: len(live.feed._subscriptions)) == 0)
@@ -845,7 +862,7 @@ def test_what_is_encoded_for_one_stream_is_kept_for_the_others_and_not_for_ever(
 
     monkeypatch.setattr(subject, "sse", counted)
     with reading(live) as one, reading(live) as other:
-        until(lambda: one.frames and other.frames)
+        until_live(live, 2)
         events = live.append(*[note()] * 3)
         until(lambda: len(one.positions) == len(other.positions) == 3)
         assert encoded == [event.position for event in events]
