@@ -6,6 +6,7 @@ lock -> database -> fold -> writer, applier, workers -> start-up reconciliation 
 import asyncio
 import contextlib
 import datetime
+import gc
 import os
 import signal
 import socket
@@ -332,6 +333,8 @@ class _Service:
         ]
         for task in tasks:
             task.add_done_callback(lambda ended: _tell_of_end(engine, ended))
+        gc.collect()
+        gc.freeze()  # what start-up made lives as long as the service: later collections need not look at it
         log.info("ready", url=f"http://{self._address}")
         try:
             await self._server.serve(sockets=[self._listening])

@@ -72,7 +72,13 @@ def worker_pids() -> list[int]:
 
 def children(pid: int | str = "self") -> list[int]:
     tasks = list(Path(f"/proc/{pid}/task").iterdir())
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    found = []
+    for task in tasks:
+        try:
+            found += [int(child) for child in (task / "children").read_text().split()]
+        except FileNotFoundError:  # a thread that ended meanwhile
+            continue
+    return found
 
 
 def only_worker() -> int:
