@@ -212,7 +212,7 @@ class CommandsController(Controller):
         order = orders.begin(request, "Reconcile", "v1", "reconcile")
         if order.flag("dry_run"):
             return answer({"dry_run": True, "plan": await _drift(orders)})
-        return answer({"dry_run": False, **(await orders.engine.reconcile_now()).to_json()})
+        return await order.reconcile()
 
     @get("/drift")
     async def drift(self, request: Request[Any, Any, Any], orders: Orders) -> Response[bytes]:

@@ -124,6 +124,11 @@ class Order:
             return render.response(render.accepted(self.command_id))
         return render.response(render.render(submission.request, self.command_id, done.finished, None))
 
+    async def reconcile(self) -> Response[bytes]:
+        """Have everything looked at now, and mended. Raises TunledgerError."""
+        submission, _ = self._submission(())
+        return render.response(await self.orders.engine.reconcile_for(submission))
+
     async def confirm(self, command_id: str) -> Response[bytes]:
         """Make an unconfirmed change stay. Raises TunledgerError: not_awaiting."""
         submission, _ = self._submission((), confirms=command_id)

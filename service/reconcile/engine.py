@@ -700,6 +700,26 @@ class Engine:
             self.troubles[interface_id] = replace(trouble, next_try=0.0)
         return await self.reconcile()
 
+    async def reconcile_for(self, submission: cmd.Submission) -> Reply:
+        """Reconcile because a client asks; with an Idempotency-Key once only. Raises TunledgerError."""
+        self._refuse_if_closed()
+        work = self._reconcile_for(submission)
+        if submission.request.key:
+            return await asyncio.shield(self._once(submission.actor, submission.request, work))
+        reply: Reply = await asyncio.shield(self._spawn(work))
+        return reply
+
+    async def _reconcile_for(self, submission: cmd.Submission) -> Reply:
+        summary = await self.reconcile_now()
+        request, command_id = submission.request, submission.command_id
+        reply = Reply(200, msgspec.json.encode({"dry_run": False, **summary.to_json()}))
+        if request.key:
+            job = answers.closed(
+                submission.actor, request.key, request.fingerprint, command_id, self._clock.now(), reply
+            )
+            await asyncio.wrap_future(self._writer.run(job))
+        return reply
+
     async def _recover(self, interfaces: Sequence[Interface], summary: Summary) -> None:
         """Finish intents that have no outcome yet; those of one command together."""
         commands: dict[CommandId, list[Interface]] = {}

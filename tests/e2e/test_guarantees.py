@@ -303,6 +303,8 @@ def test_drift_is_told_and_reconcile_mends_it(api: Service) -> None:
     assert api.ok("POST", "/api/v1/reconcile")["repaired"] == ["tun1"]
     assert links()["tun1"].mtu == 1400
     assert api.ok("GET", "/api/v1/drift")["drift"] == []
+    first, second = (exchange(api, "POST", "/api/v1/reconcile", Idempotency_Key="mend") for _ in range(2))
+    assert (first[0], first[2]) == (second[0], second[2])
 
 
 def test_a_client_that_hangs_up_has_its_command_carried_out_all_the_same(api: Service) -> None:
