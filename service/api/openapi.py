@@ -531,7 +531,7 @@ def _operations() -> list[Operation]:
             tag="host",
             summary="Make the host agree with the log",
             description="Now, and without waiting for the back-off of repairs that failed.",
-            parameters=("DryRun",),
+            parameters=("DryRun", "IdempotencyKey"),
             answers={
                 200: Answer(
                     schema={"anyOf": [ref("Reconciled"), ref("ReconcilePreview")]},
@@ -540,6 +540,7 @@ def _operations() -> list[Operation]:
             },
             codes=(
                 _E.INVALID_FIELD,
+                _E.KEY_REUSED,
                 *_HOST_READ,
                 *_LOG_READ,
                 _E.LOG_FULL,
