@@ -16,10 +16,10 @@ from litestar.params import Parameter, QueryParameter
 
 from service.api import bodies
 from service.api.events import parameters
-from service.api.orders import Orders
+from service.api.orders import Orders, drift
 from service.api.problems import BATCH_MAX_BYTES, answer
 from service.api.read import LogView
-from service.api.resources import plan_json, present
+from service.api.resources import present
 from service.domain import commands as cmd
 from service.domain import values
 from service.domain.errors import ErrorCode, TunledgerError, invalid
@@ -210,22 +210,13 @@ class CommandsController(Controller):
     async def reconcile(self, request: Request[Any, Any, Any], orders: Orders) -> Response[bytes]:
         """Look at everything now, and mend what differs; or only say what would be done."""
         order = orders.begin(request, "Reconcile", "v1", "reconcile")
-        if order.flag("dry_run"):
-            return answer({"dry_run": True, "plan": await _drift(orders)})
         return await order.reconcile()
 
     @get("/drift")
-    async def drift(self, request: Request[Any, Any, Any], orders: Orders) -> Response[bytes]:
+    async def read_drift(self, request: Request[Any, Any, Any], orders: Orders) -> Response[bytes]:
         """What differs now between the log and the host, and what would mend it."""
         parameters(request)
-        return answer({"drift": await _drift(orders)})
-
-
-async def _drift(orders: Orders) -> list[dict[str, Any]]:
-    return [
-        plan_json(interface.name, found, steps, refusal.message if refusal is not None else None)
-        for interface, found, steps, refusal in await orders.engine.drift()
-    ]
+        return answer({"drift": await drift(orders.engine)})
 
 
 def _existing(orders: Orders, name: str) -> Interface:

@@ -23,7 +23,7 @@ from service.api import render
 from service.api.access import caller
 from service.api.bodies import Defaults
 from service.api.problems import answer
-from service.api.resources import event_json, preview_json
+from service.api.resources import event_json, plan_json, preview_json
 from service.domain import commands as cmd
 from service.domain.decide import confirm
 from service.domain.errors import ErrorCode, TunledgerError, invalid
@@ -125,8 +125,10 @@ class Order:
         return render.response(render.render(submission.request, self.command_id, done.finished, None))
 
     async def reconcile(self) -> Response[bytes]:
-        """Have everything looked at now, and mended. Raises TunledgerError."""
-        submission, _ = self._submission(())
+        """Have everything looked at now, and mended; or only say what would be done. Raises TunledgerError."""
+        submission, _ = self._submission(())  # a dry run refuses what the run would
+        if self.flag("dry_run"):
+            return answer({"dry_run": True, "plan": await drift(self.orders.engine)})
         return render.response(await self.orders.engine.reconcile_for(submission))
 
     async def confirm(self, command_id: str) -> Response[bytes]:
@@ -193,6 +195,14 @@ class Order:
         if text not in {"true", "1", ""} and not quiet:
             raise invalid(name, text, 'is not "true" or "false"')
         return True
+
+
+async def drift(engine: Engine) -> list[dict[str, Any]]:
+    """What differs now, with the steps that would mend it, as JSON; nothing is changed."""
+    return [
+        plan_json(interface.name, found, steps, refusal.message if refusal is not None else None)
+        for interface, found, steps, refusal in await engine.drift()
+    ]
 
 
 def _reason(header: str) -> str:

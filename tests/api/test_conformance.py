@@ -107,3 +107,9 @@ def test_a_dry_run_confirms_nothing(api: Running) -> None:
     assert api.call("GET", "/api/v1/interfaces/lab0").json()["status"]["awaiting_confirmation"] is not None
     assert api.call("POST", confirm).json()["confirmed"] is True
     assert problem(api, "POST", f"{confirm}?dry_run=true", status=409)["code"] == "not_awaiting"
+
+
+@pytest.mark.parametrize("query", ["", "?dry_run=true"])
+def test_a_dry_run_refuses_the_key_that_the_run_would_refuse(api: Running, query: str) -> None:
+    found = problem(api, "POST", f"/api/v1/reconcile{query}", headers={"Idempotency-Key": "two words"})
+    assert found["pointer"] == "/Idempotency-Key"
