@@ -38,6 +38,8 @@ class ObservedLink:
         addresses: those that somebody set; the kernel's own (link-local) are left out.
         flags: IFF_* bits (linux/if.h); `up` is the admin state in them, `running` IFF_RUNNING.
         carrier: whether a reader holds the device.
+        link_group: the kernel's group of links (`ip link set dev X group N`), 0 by default; no matter of users.
+        counters: all zero where they were not asked for.
     """
 
     name: str
@@ -55,6 +57,7 @@ class ObservedLink:
     mac: str = ""
     owner: int | None = None
     group: int | None = None
+    link_group: int = 0
     multi_queue: bool = False
     persist: bool = True
     vnet_hdr: bool = False

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from service.domain.token import Token
 from service.domain.values import Address, InterfaceId, InterfaceName, Mode
 
+# Link groups that links of ours are moved into on their way out, so that they leave together: 0x7461 is "ta". A link
+# that is to stay and is found in one of them was left there by a crash.
+REMOVAL_GROUPS = range(0x7461_0000, 0x7462_0000)
+
 
 @dataclass(frozen=True, slots=True)
 class CreateLink:
@@ -56,6 +60,30 @@ class SetName:
 
     def __str__(self) -> str:
         return f"ip link set {self.old} name {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class SetAlias:
+    """Put our mark back on the link with this ifindex. The one step for a link that does not bear it: the kernel's
+    side refuses unless it can vouch that it is the very link that bore it."""
+
+    name: str
+    ifindex: int
+    token: Token
+
+    def __str__(self) -> str:
+        return f'ip link set dev {self.name} alias "{self.token}"'
+
+
+@dataclass(frozen=True, slots=True)
+class SetLinkGroup:
+    """0 is the group every link is made in."""
+
+    name: InterfaceName
+    group: int
+
+    def __str__(self) -> str:
+        return f"ip link set dev {self.name} group {self.group}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +204,8 @@ Step = (
     | DeleteLink
     | AdoptLink
     | SetName
+    | SetAlias
+    | SetLinkGroup
     | SetMtu
     | SetTxQueueLen
     | SetMac

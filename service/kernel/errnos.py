@@ -1,10 +1,16 @@
 """The one place where an errno becomes an error that says what to do."""
 
+import contextlib
 import errno
 import os
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 from service.domain.errors import ErrorCode, TunledgerError
+from service.kernel.netlink import NetlinkError
+
+UNREADABLE = (struct.error, ValueError, IndexError)  # what Python says of an answer that is not as it should be
 
 RETRY_LATER = {errno.EAGAIN, errno.EINTR, errno.ENOBUFS, errno.ENOMEM, errno.EBUSY, errno.EMFILE, errno.ENFILE}
 
@@ -36,6 +42,28 @@ def refused(what: str, number: int, words: str = "") -> TunledgerError:
     )
 
 
+def in_words(what: object, error: Exception) -> TunledgerError:
+    """What came up while `what` was done, as the refusal of it. Takes OSError and `UNREADABLE`."""
+    if isinstance(error, TunledgerError):
+        return error
+    if isinstance(error, OSError):
+        words = error.strerror if isinstance(error, NetlinkError) else ""
+        told = refused(str(what), error.errno or errno.EIO, words or "")
+    else:
+        told = TunledgerError(ErrorCode.KERNEL_REFUSED, f"{what}: the kernel's answer does not read: {error}")
+    told.__cause__ = error
+    return told
+
+
+@contextlib.contextmanager
+def said(what: object) -> Iterator[None]:
+    """Turn an error inside into the kernel's refusal of `what`."""
+    try:
+        yield
+    except (OSError, *UNREADABLE) as error:
+        raise in_words(what, error) from error
+
+
 def no_device_node(path: str, number: int) -> TunledgerError:
     """Why the TUN device node could not be opened."""
     if number in {errno.ENOENT, errno.ENODEV, errno.ENXIO, errno.ENOTDIR}:
@@ -62,6 +90,11 @@ def busy(name: str) -> TunledgerError:
         retry=True,
         errno_name="EBUSY",
     )
+
+
+def gone(name: str) -> NetlinkError:
+    """There is no link of that name, or not any more."""
+    return NetlinkError(errno.ENODEV, f"{name} does not exist any more")
 
 
 def holder(name: str) -> str | None:

@@ -17,7 +17,7 @@ import select
 import socket
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import assert_never
@@ -29,6 +29,7 @@ from service.domain.observed import Host, HostNetwork, IpNetwork, LinkCounters, 
 from service.domain.token import Token, parse_token
 from service.domain.values import IPV6_MTU_MIN, MTU_MAX, MTU_MIN, TAP_MTU_MAX, Address, Mode
 from service.kernel import errnos
+from service.kernel.columns import Member, column
 
 # linux/if.h
 IFF_UP, IFF_BROADCAST, IFF_POINTOPOINT, IFF_RUNNING = 0x1, 0x2, 0x10, 0x40
@@ -53,6 +54,7 @@ class _Link:
     mac: str = ""
     owner: int | None = None
     group: int | None = None
+    link_group: int = 0
     multi_queue: bool = False
     persist: bool = True
     ipv4: list[tuple[Address, bool]] = field(default_factory=list)  # with whether it is a secondary one
@@ -102,6 +104,7 @@ class FakeKernel:
 
     Args:
         promote_secondaries: net.ipv4.conf.all.promote_secondaries; off is Linux' default, systemd turns it on.
+        vouched: whether the link with this ifindex is the one that bore our token; asked by `SetAlias`.
 
     Attributes:
         outside: the hand of everybody else on this host.
@@ -109,8 +112,11 @@ class FakeKernel:
         calls: how often each method was called.
     """
 
-    def __init__(self, *, promote_secondaries: bool = False) -> None:
+    def __init__(
+        self, *, promote_secondaries: bool = False, vouched: Callable[[int], bool] = lambda _ifindex: False
+    ) -> None:
         self._lock = threading.RLock()
+        self._vouched = vouched
         self._promote = promote_secondaries
         self._links: dict[int, _Link] = {}
         self._next_index = 1
@@ -125,22 +131,23 @@ class FakeKernel:
 
     # -- the protocol
 
-    def observe(self, names: Collection[str] | None = None) -> Observed:
+    def observe(self, names: Collection[str] | None = None, *, counters: bool = True) -> Observed:
         """The links of these names, or all."""
         with self._call("observe"):
-            links = (_seen(link) for link in self._links.values() if names is None or link.name in names)
-            return Observed({link.name: link for link in links}, complete=names is None)
+            links = [link for link in self._links.values() if names is None or link.name in names]
+            return Observed({link.name: _seen(link, counters=counters) for link in links}, complete=names is None)
 
     def sample(self) -> list[ObservedLink]:
         """All TUN and TAP links with their counters, without addresses."""
         with self._call("sample"):
             return [_seen(link, addresses=False) for link in self._links.values() if link.mode is not None]
 
-    def survey(self, name: str, node: str, *, networks: bool) -> Host:
-        """A stranger with that name and, if asked for, the networks that links other than ours use."""
+    def survey(self, names: str | Collection[str], node: str, *, networks: bool) -> Host:
+        """Strangers with these names and, if asked for, the networks that links other than ours use."""
         with self._call("survey"):
+            wanted = {names} if isinstance(names, str) else set(names)
             strangers = [link for link in self._links.values() if link.token is None or link.token.node != node]
-            occupants = {link.name: _seen(link) for link in strangers if link.name == name}
+            occupants = {link.name: _seen(link, counters=False) for link in strangers if link.name in wanted}
             return Host(occupants, tuple(n for link in strangers for n in _networks(link)) if networks else ())
 
     def execute(self, token: Token, steps: Sequence[st.Step]) -> None:
@@ -150,19 +157,16 @@ class FakeKernel:
             TunledgerError: the refusal, naming the step; or what `fail` was told to raise.
         """
         with self._call("execute"):
-            link: _Link | None = None
-            for step in steps:
-                with self._counted(step):
-                    if isinstance(step, st.CreateLink):
-                        link = self._create(step)
-                    elif isinstance(step, st.DeleteLink):
-                        self._delete(step)
-                        link = None
-                    else:
-                        link = link or self._checked(
-                            step.old if isinstance(step, st.SetName) else step.name, token, step
-                        )
-                        self._change(step, link)
+            (error,) = self._carry_out([(token, steps)])
+            if error is not None:
+                raise error
+
+    def execute_many(self, work: Sequence[tuple[Token, Sequence[st.Step]]]) -> list[TunledgerError | None]:
+        """Carry out the steps of many interfaces, those of each in order until one fails; the errors, in the order of
+        `work`. Whatever else `fail` was told to raise, is raised.
+        """
+        with self._call("execute_many"):
+            return self._carry_out(work)
 
     def open_device(self, step: st.StartProcessing, token: Token) -> int:
         """A real descriptor, of a socket pair: the device is busy until it and its copies are closed, in whatever
@@ -259,6 +263,47 @@ class FakeKernel:
                     return failure
         return None
 
+    def _carry_out(self, work: Sequence[tuple[Token, Sequence[st.Step]]]) -> list[TunledgerError | None]:
+        members = [Member(token, steps) for token, steps in work]
+        while any(member.goes_on for member in members):
+            for part in column(members):
+                for member in part:
+                    try:
+                        with self._counted(member.step):
+                            self._do(member)
+                    except TunledgerError as error:
+                        member.error = error
+                    else:
+                        member.at += 1
+        return [member.error for member in members]
+
+    def _do(self, member: Member) -> None:
+        step = member.step
+        if isinstance(step, st.CreateLink):
+            member.ifindex = self._create(step).ifindex
+        elif isinstance(step, st.DeleteLink):
+            self._delete(step)
+            member.ifindex = None
+        else:
+            if member.ifindex is None:
+                member.ifindex = self._judged(member).ifindex
+            link = self._links.get(member.ifindex)
+            if link is None:
+                raise errnos.refused(str(step), errno.ENODEV)
+            self._change(step, link)
+
+    def _judged(self, member: Member) -> _Link:
+        step = member.step
+        if not isinstance(step, st.SetAlias):
+            return self._checked(step.old if isinstance(step, st.SetName) else step.name, member.token, step)
+        link = self._links.get(step.ifindex)
+        if link is None:
+            raise errnos.refused(str(step), errno.ENODEV, f"{step.name} does not exist any more")
+        is_it = step.token == member.token and link.name == step.name and link.mode is not None
+        if link.token != member.token and not (is_it and self._vouched(link.ifindex)):
+            raise name_taken(step.name)
+        return link
+
     def _find(self, name: str) -> _Link | None:
         return next((link for link in self._links.values() if link.name == name), None)
 
@@ -302,8 +347,6 @@ class FakeKernel:
         self._remove(link)
 
     def _change(self, step: st.Step, link: _Link) -> None:
-        if link.ifindex not in self._links:
-            raise errnos.refused(str(step), errno.ENODEV)
         match step:
             case st.SetMtu():
                 self._set_mtu(link, step.mtu, str(step))
@@ -319,6 +362,10 @@ class FakeKernel:
                 _set_down(link)
             case st.SetName():
                 self._rename(link, step.name)
+            case st.SetAlias():
+                link.alias = str(step.token)
+            case st.SetLinkGroup():
+                link.link_group = step.group
             case st.SetOwner():
                 self._refuse_busy(link)
                 link.owner = link.owner if step.owner is None else step.owner
@@ -422,6 +469,11 @@ class Outside:
         with self._link(name) as link:
             link.alias = alias
 
+    def set_link_group(self, name: str, group: int) -> None:
+        """`ip link set NAME group GROUP`."""
+        with self._link(name) as link:
+            link.link_group = group
+
     def set_mtu(self, name: str, mtu: int) -> None:
         """`ip link set NAME mtu MTU`."""
         with self._link(name) as link:
@@ -517,7 +569,7 @@ def _set_down(link: _Link) -> None:
     link.up = False
 
 
-def _seen(link: _Link, *, addresses: bool = True) -> ObservedLink:
+def _seen(link: _Link, *, addresses: bool = True, counters: bool = True) -> ObservedLink:
     carrier = link.held if link.mode is not None else link.kind == "loopback"
     running = link.up and carrier
     flags = IFF_MULTICAST | (IFF_POINTOPOINT | IFF_NOARP if link.mode is Mode.TUN else IFF_BROADCAST)
@@ -539,10 +591,11 @@ def _seen(link: _Link, *, addresses: bool = True) -> ObservedLink:
         mac=link.mac,
         owner=link.owner,
         group=link.group,
+        link_group=link.link_group,
         multi_queue=link.multi_queue,
         persist=link.persist and link.mode is not None,
         addresses=link.addresses if addresses else (),
-        counters=link.counters,
+        counters=link.counters if counters else LinkCounters(),
     )
 
 
@@ -570,6 +623,8 @@ def _as_ip(link: _Link) -> Iterator[str]:
         yield f"ip tuntap add {name} mode {link.mode}{owner}{group}{queues}"
     if link.alias:
         yield f"ip link set {name} alias {link.alias}"
+    if link.link_group:
+        yield f"ip link set {name} group {link.link_group}"
     if link.mtu != MTU_DEFAULT:
         yield f"ip link set {name} mtu {link.mtu}"
     if link.txqueuelen != (QUEUE_TUN if link.mode is Mode.TUN else QUEUE_OTHER):

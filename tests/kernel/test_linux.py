@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -73,11 +72,11 @@ def test_create_that_fails_half_way_leaves_nothing(
 def test_create_that_fails_at_the_alias_leaves_nothing(linux: LinuxHost, monkeypatch: pytest.MonkeyPatch) -> None:
     present: list[set[str]] = []
 
-    def refuse(_socket: netlink.RouteSocket, _message: Any) -> None:
+    def refuse(_socket: netlink.RouteSocket, messages: list[bytearray]) -> list[netlink.NetlinkError | None]:
         present.append(names())
-        raise netlink.NetlinkError(errno.EPERM, os.strerror(errno.EPERM))
+        return [netlink.NetlinkError(errno.EPERM, os.strerror(errno.EPERM)) for _ in messages]
 
-    monkeypatch.setattr(netlink.RouteSocket, "change", refuse)
+    monkeypatch.setattr(netlink.RouteSocket, "change_many", refuse)
     before = names()
     assert refusal(linux, creation()).code is ErrorCode.PERMISSION_DENIED
     assert present == [before | {"tun0"}], "the device was there when the alias failed"
@@ -131,16 +130,16 @@ def test_device_that_went_while_it_was_opened_is_not_made_anew(
 def test_rename_in_the_middle_of_steps_does_not_lead_astray(linux: LinuxHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the check on, links are addressed by ifindex: a stranger that takes the name meanwhile is not changed."""
     made(linux)
-    change, swapped = netlink.RouteSocket.change, list[str]()
+    change, swapped = netlink.RouteSocket.change_many, list[str]()
 
-    def swap_first(self: netlink.RouteSocket, message: Any) -> None:
+    def swap_first(self: netlink.RouteSocket, messages: list[bytearray]) -> list[netlink.NetlinkError | None]:
         if not swapped:
             swapped.append("done")
             linux.outside.rename("tun0", "elsewhere")
             linux.outside.add_link("tun0", Mode.TUN)
-        change(self, message)
+        return change(self, messages)
 
-    monkeypatch.setattr(netlink.RouteSocket, "change", swap_first)
+    monkeypatch.setattr(netlink.RouteSocket, "change_many", swap_first)
     linux.kernel.execute(OURS, [st.SetMtu(TUN0, 1400), st.SetUp(TUN0)])
     assert (seen(linux, "elsewhere").mtu, seen(linux, "elsewhere").up) == (1400, True)
     assert (seen(linux).mtu, seen(linux).up) == (1500, False)
