@@ -35,22 +35,25 @@ from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.values import InterfaceId, NodeId
 from service.kernel import peer
 from service.kernel.linux import LinuxKernel
+from service.kernel.monitor import Monitor
 from service.reconcile.applier import Applier
 from service.reconcile.engine import Engine
 from service.reconcile.feed import Feed
 from service.reconcile.hands import Hands
 from service.reconcile.loop import keep_counted, keep_reconciled
 from service.store import counters as counter_store
+from service.store import headfile
 from service.store.answers import Answers
 from service.store.counters import CounterKeeper, CounterReader
-from service.store.database import InstanceLock, require_current
+from service.store.database import InstanceLock, obstacle, on_read_only_files, require_current
 from service.store.reader import LogReader, Verification
+from service.store.reserve import Reserve
 from service.store.snapshots import Auditor, Opened, Past, open_log
 from service.store.writer import LogWriter
 
 EX_IOERR = 74  # sysexits.h
 CAP_NET_ADMIN = 12  # include/uapi/linux/capability.h
-START_UP_RETRY_S = 2.0  # a disk that is full may have room again
+START_UP_RETRY_S = 2.0  # a disk that is full may have room again, and one that is read-only be writable
 FORCED = 128  # plus the number of the signal, as shells count
 
 log = structlog.get_logger("tunledger")
@@ -104,9 +107,12 @@ def serve(config: Config) -> int:
         raise TunledgerError(ErrorCode.SCHEMA_MISMATCH, f"{path} has no log yet: run tunledger migrate")
     where = f"{config.server.host}:{config.server.port}"
     who = {"pid": os.getpid(), "since": SystemClock().now(), "what": f"tunledger serve on {where}"}
-    with InstanceLock(path, who), _listen(config.server.host, config.server.port) as listening:
+    with InstanceLock(path, who) as lock, _listen(config.server.host, config.server.port) as listening:
+        failpoints.reach("app.listening")
         address = "{}:{}".format(*listening.getsockname()[:2])
-        return asyncio.run(_Service(config, path, listening, address).run())
+        while (status := asyncio.run(_Service(config, path, listening, address).run())) is None:
+            lock.renew()
+        return status
 
 
 def _check_defaults(config: Config) -> None:
@@ -141,6 +147,11 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
+def _passes(frozen: TunledgerError | None) -> bool:
+    """Whether what keeps the log from being written may pass by itself."""
+    return frozen is not None and frozen.retry
+
+
 def boot_id() -> str:
     """The kernel's id of this boot (random(4)): tells a reboot from a restart."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -148,7 +159,12 @@ def boot_id() -> str:
 
 @dataclass(frozen=True, slots=True)
 class _OpenedLog:
-    """The database as start-up found it. `frozen` says why it may not be written, or is None."""
+    """The database as start-up found it.
+
+    Attributes:
+        frozen: why it may not be written, or None. With `retry` that is the file system's doing, and not the log's:
+            then it is opened anew when it may be.
+    """
 
     reader: LogReader
     answers: Answers
@@ -156,7 +172,7 @@ class _OpenedLog:
     log: Opened
     node: NodeId
     book: Book
-    frozen: str | None
+    frozen: TunledgerError | None
 
     def close(self) -> None:
         """Close all that reads."""
@@ -173,16 +189,18 @@ class _Service:
         self._clock = SystemClock()
         self._signal: signal.Signals | None = None
         self._broken: str | None = None
+        self._again = False
         self._server: _Server | None = None
         self._auditor: Auditor | None = None
         self._feed = Feed()
 
-    async def run(self) -> int:
-        """Start, serve, stop; the exit status."""
+    async def run(self) -> int | None:
+        """Start, serve, stop; the exit status, or None to begin again with a log that can be written now."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
             loop.add_signal_handler(number, self._on_signal, number)
         opened = self._open_log()
+        failpoints.reach("app.log.read")
         engine: Engine | None = None
 
         def on_recorded(events: list[ev.Recorded]) -> None:
@@ -212,7 +230,11 @@ class _Service:
         def on_device_lost(device: str, reason: str) -> None:
             log.warning("a device was lost", interface_id=device, reason=reason)
             if engine is not None:
-                loop.call_soon_threadsafe(engine.wake.set)
+                loop.call_soon_threadsafe(engine.look_again)
+
+        def on_news() -> None:
+            if engine is not None:
+                engine.heard()
 
         writer = LogWriter(
             self._path,
@@ -229,18 +251,20 @@ class _Service:
             packets_per_s=max(1, self._config.logging.packets_per_s),
         )
         applier = Applier()
-        kernel = LinuxKernel()
+        monitor = Monitor(on_news)
+        kernel = LinuxKernel(vouched=monitor.watches)
         engine = Engine(
             node=opened.node,
             state=opened.log.past.state,
             book=opened.book,
             writer=writer,
             applier=applier,
-            hands=Hands(kernel, supervisor),
+            hands=Hands(kernel, supervisor, monitor),
             clock=self._clock,
             boot_id=boot_id(),
             render=render,
             recall=opened.answers.find,
+            knows=opened.reader.declared,
             publish=publish,
             frozen=opened.frozen,
             keeper=CounterKeeper(
@@ -254,49 +278,90 @@ class _Service:
             if opened.frozen is None:
                 self._auditor = Auditor(self._path, opened.log, run=writer.run, on_problem=on_problem)
                 writer.start()
+                failpoints.reach("app.writer.started")
+            monitor.start()
             applier.start()
             await asyncio.to_thread(supervisor.start)
+            failpoints.reach("app.workers.started")
             await self._serve(engine, opened)
         finally:
+            failpoints.reach("app.close.before")
             self._feed.close()
             await asyncio.to_thread(supervisor.close)
+            failpoints.reach("app.close.workers")
             await asyncio.to_thread(applier.close)
+            await asyncio.to_thread(monitor.close)
             kernel.close()
             if self._auditor is not None:
                 await asyncio.to_thread(self._auditor.close)
             await asyncio.to_thread(writer.close)
+            failpoints.reach("app.close.writer")
             opened.close()
+            failpoints.reach("app.close.after")
+        if self._again and self._signal is None:
+            return None
         return EX_IOERR if self._broken is not None else 0
 
     def _open_log(self) -> "_OpenedLog":
         """Read and verify the log. One that cannot be trusted is served read-only, and nothing is deleted."""
         reader = LogReader(self._path)
         answers, counters = Answers(self._path), CounterReader(self._path)
-        found, node, book, frozen = Opened(Past(), Verification()), NodeId("unknown"), Book(), None
+        found, node, book = Opened(Past(), Verification()), NodeId("unknown"), Book()
+        frozen: TunledgerError | None = None
         try:
-            require_current(self._path)
+            self._require_readable()
             found = open_log(reader)
             node = reader.node()
+            lost = headfile.problem(self._path, reader.mark, reader.head()[0])
+            if lost is not None:
+                found.found.problems.append(lost)
             if found.found.problems:
-                frozen = "the log does not verify: " + "; ".join(found.found.problems[:3])
+                problems = "; ".join(found.found.problems[:3])
+                frozen = TunledgerError(ErrorCode.LOG_CORRUPT, f"the log does not verify: {problems}")
             else:
                 book = counter_store.load(self._path)
+                frozen = obstacle(self._path) if on_read_only_files(self._path) else None
         except TunledgerError as error:
             if error.code is ErrorCode.SCHEMA_MISMATCH:
                 for each in (reader, answers, counters):
                     each.close()
                 raise
-            frozen = error.message
+            frozen = error
         if frozen is not None:
-            log.error("read-only: nothing is changed or deleted", reason=frozen)
+            log.error("read-only: nothing is changed or deleted", reason=frozen.message)
         return _OpenedLog(reader, answers, counters, found, node, book, frozen)
+
+    def _require_readable(self) -> None:
+        """As `require_current`. On a full disk SQLite needs a little room even for reading, which the reserve has."""
+        while True:
+            try:
+                require_current(self._path)
+            except TunledgerError as error:
+                if error.code is not ErrorCode.LOG_FULL or not Reserve(self._path).release():
+                    raise
+            else:
+                return
+
+    async def _await_log(self) -> None:
+        """Begin again as soon as the file system lets the log be written."""
+        while True:
+            await asyncio.sleep(START_UP_RETRY_S)
+            if await asyncio.to_thread(obstacle, self._path) is None:
+                break
+        log.info("the log can be written again: starting anew")
+        self._again = True
+        self._feed.close()
+        assert self._server is not None
+        self._server.should_exit = True
 
     async def _serve(self, engine: Engine, opened: "_OpenedLog") -> None:
         started = ev.ServiceStarted(
             pid=os.getpid(), version=__version__, boot_id=boot_id(), uid=os.geteuid(), address=self._address
         )
         log.info("starting", version=__version__, database=str(self._path), node=engine.node)
+        failpoints.reach("app.start_up.before")
         starting = await self._start_up(engine, started)
+        failpoints.reach("app.start_up.after")
         if not has_net_admin():
             engine.complain("no command can be carried out: CAP_NET_ADMIN is missing; run as root or grant it")
         orders = Orders(engine, self._clock, _defaults(self._config))
@@ -330,20 +395,25 @@ class _Service:
             asyncio.create_task(keep_reconciled(engine, self._config.reconcile.interval_s)),
             asyncio.create_task(keep_counted(engine, self._config.counters.interval_s)),
             *([starting] if starting is not None else []),
+            *([asyncio.create_task(self._await_log())] if _passes(opened.frozen) else []),
         ]
         for task in tasks:
             task.add_done_callback(lambda ended: _tell_of_end(engine, ended))
         gc.collect()
         gc.freeze()  # what start-up made lives as long as the service: later collections need not look at it
+        failpoints.reach("app.ready")
         log.info("ready", url=f"http://{self._address}")
         try:
-            await self._server.serve(sockets=[self._listening])
+            # uvicorn closes what it is given, and another turn needs the socket again.
+            await self._server.serve(sockets=[self._listening.dup() if _passes(opened.frozen) else self._listening])
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            reason = self._signal.name if self._signal is not None else self._broken or "unknown"
+            again = "the log can be written again" if self._again else "unknown"
+            reason = self._signal.name if self._signal is not None else self._broken or again
             log.info("stopping", reason=reason)
+            failpoints.reach("app.stop.before")
             if self._broken is None:
                 await self._stop(engine, reason)
 

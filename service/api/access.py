@@ -16,6 +16,7 @@ from litestar import Request
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Receive, Scope, Send
 
+from service import failpoints
 from service.api.problems import from_domain
 from service.domain.errors import ErrorCode, TunledgerError
 
@@ -79,7 +80,9 @@ class Gate:
             response = from_domain(Request(scope), error)
             await response.to_asgi_response(None, Request(scope))(scope, receive, send)
             return
+        failpoints.reach("api.request")
         await self._app(scope, receive, send)
+        failpoints.reach("api.response.after")
 
     def _identify(self, scope: Scope) -> Caller:
         hosts = _header(scope, b"host")

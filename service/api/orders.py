@@ -28,7 +28,8 @@ from service.domain import commands as cmd
 from service.domain.decide import confirm
 from service.domain.errors import ErrorCode, TunledgerError, invalid
 from service.domain.values import CommandId
-from service.reconcile.engine import Clock, Engine
+from service.reconcile.answer import Clock
+from service.reconcile.engine import Engine
 
 PARAMETERS = ("dry_run", "allow_overlap", "recreate", "confirm_within_s")
 REASON_CHARS_MAX = 256

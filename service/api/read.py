@@ -97,6 +97,8 @@ def entry(event: ev.Recorded, outcome: ev.Recorded | None = None) -> dict[str, A
             told |= {"outcome": "rejected", "message": body.message, "code": body.code}
         case ev.RepairFailed():
             told |= {"outcome": "failed", "message": body.message, "code": body.code}
+        case ev.InterfaceContested():
+            told["outcome"] = "contested"
         case ev.DriftRepaired():
             told |= {"outcome": "repaired", "steps": body.steps}
         case (
@@ -121,8 +123,23 @@ def _origin(event: ev.Recorded) -> str | None:
     """Whose doing it was: a client's, or a repair's; of the service's own comings and goings nobody's."""
     if event.actor != "system":
         return "client"
-    told = ev.Intent | ev.DriftDetected | ev.DriftRepaired | ev.RepairFailed | ev.OrphanRemoved
+    told = (
+        ev.Intent
+        | ev.DriftDetected
+        | ev.DriftRepaired
+        | ev.RepairFailed
+        | ev.DriftEnded
+        | ev.InterfaceContested
+        | ev.ContestEnded
+        | ev.OrphanRemoved
+    )
     return "repair" if isinstance(event.body, told) else None
+
+
+def _found(differences: Sequence[ev.FoundDifference]) -> str:
+    return "; ".join(
+        f"{d['path']}: desired {_text(d['desired'])}, observed {_text(d['observed'])}" for d in differences
+    )
 
 
 def what(body: ev.Event) -> str:
@@ -141,14 +158,17 @@ def what(body: ev.Event) -> str:
         case ev.InterfaceRetired():
             return "delete"
         case ev.DriftDetected():
-            found = "; ".join(
-                f"{d['path']}: desired {_text(d['desired'])}, observed {_text(d['observed'])}" for d in body.differences
-            )
-            return f"drift ({body.cause}): {found}"
+            return f"drift ({body.cause}): {_found(body.differences)}"
         case ev.DriftRepaired():
             return f"repair: {'; '.join(body.steps)}"
         case ev.RepairFailed():
             return "repair"
+        case ev.DriftEnded():
+            return "drift is over"
+        case ev.InterfaceContested():
+            return f"contested: {body.repairs} repairs in {body.within_s} s; {_found(body.differences)}"
+        case ev.ContestEnded():
+            return f"contested no more: quiet for {body.quiet_s} s"
         case ev.OrphanRemoved():
             return f"remove orphan (ifindex {body.ifindex})"
         case ev.WorkerExited():

@@ -12,7 +12,7 @@ from service.api.resources import interface_resource
 from service.domain import commands as cmd
 from service.domain.errors import TunledgerError
 from service.domain.values import CommandId
-from service.reconcile.engine import Finished
+from service.reconcile.answer import Finished
 from service.store.answers import Reply
 
 COMMAND_ID = "Tunledger-Command-Id"

@@ -12,7 +12,9 @@ from service.domain.observed import ObservedLink
 from service.domain.plan import Difference
 from service.domain.spec import changes, spec_to_json
 from service.domain.state import Interface, Unconfirmed
-from service.reconcile.engine import Engine, Preview, Trouble
+from service.reconcile.answer import Preview
+from service.reconcile.engine import Engine
+from service.reconcile.troubles import Trouble
 from service.store.codec import encode
 
 

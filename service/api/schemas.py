@@ -136,6 +136,12 @@ _SPEC: Final[Mapping[str, Schema]] = {
     "processing": taken(
         {"running": flag("whether our workers read the device", default=False)}, description="packet processing"
     ),
+    "drift": {
+        "type": "string",
+        "enum": ["repair", "report"],
+        "description": "what is done when others change the interface: put it right again, or only tell of it",
+        "default": "repair",
+    },
     "description": text("a line for people", maxLength=values.DESCRIPTION_CHARS_MAX, pattern=_PRINTABLE, default=""),
     "labels": {
         "type": "object",

@@ -142,11 +142,13 @@ def _gist(event: Mapping[str, Any]) -> str:
         case "InterfaceDeclared":
             spec = payload["spec"]
             return f"{spec['mode']} {show.value(spec['addresses'])} mtu {spec['mtu']}"
-        case "DriftDetected":
-            return "; ".join(
+        case "DriftDetected" | "InterfaceContested":
+            found = "; ".join(
                 f"{d['path']}: desired {show.value(d['desired'])}, observed {show.value(d['observed'])}"
                 for d in payload["differences"]
             )
+            rounds = f"{payload['repairs']} repairs in {payload['within_s']} s; " if "repairs" in payload else ""
+            return rounds + found
         case "CommandApplied" | "DriftRepaired":
             took = show.took(payload.get("took_us"))
             return "; ".join(payload["steps"]) + (f" ({took})" if took else "")

@@ -54,6 +54,7 @@ def spec_options(function: Command) -> Command:
         click.option("--multi-queue/--single-queue", default=None, help="Several readers at once."),
         click.option("--mac", help="Hardware address of a tap."),
         click.option("--start/--stop", "running", default=None, help="Whether the service's workers read it."),
+        click.option("--drift", type=click.Choice(["repair", "report"]), help="What to do when others change it."),
         click.option("--description", help="A line for people."),
         click.option("--label", "labels", metavar="K=V", multiple=True, callback=_labels, help="May be repeated."),
     ]

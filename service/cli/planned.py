@@ -29,6 +29,7 @@ _UNTOLD: Mapping[str, Any] = {
     "multi_queue": False,
     "mac": None,
     "processing": {"running": False},
+    "drift": "repair",
     "description": "",
     "labels": {},
 }

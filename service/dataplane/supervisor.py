@@ -37,6 +37,7 @@ from typing import Final
 
 import structlog
 
+from service import failpoints
 from service.dataplane.line_reader import LineReader
 from service.dataplane.wire import NAME_MAX_BYTES, Attach, Detach, Mode
 from service.dataplane.worker_process import NoAnswerError, NotAskedError, PeerGoneError, WorkerProcess
@@ -404,7 +405,9 @@ class Supervisor:
                     worker.ping(deadline)
                 except NoAnswerError:
                     raise timeout from None
+            failpoints.reach("dataplane.hand_over.before", fails=True)
             error = worker.ask(request, deadline, fd)
+            failpoints.reach("dataplane.hand_over.after")
         except NotAskedError:
             raise timeout from None
         except NoAnswerError:
@@ -528,6 +531,7 @@ class Supervisor:
     def _spawn(self, post: _Post) -> None:
         packets_per_s = None if self._line_reader is None else self._packets_per_s
         try:
+            failpoints.reach("dataplane.spawn.before", fails=True)
             worker = WorkerProcess(
                 post.index, python=self._python, slots=self._devices_per_worker, packets_per_s=packets_per_s
             )
@@ -543,6 +547,7 @@ class Supervisor:
             self._epoll.register(fd, select.EPOLLIN)
         if self._line_reader is not None and worker.lines is not None:
             self._line_reader.add(worker.lines)
+        failpoints.reach("dataplane.spawn.after")
         with self._lock:
             post.live = worker
             post.due = None
@@ -562,6 +567,7 @@ class Supervisor:
             self._epoll.unregister(fd)
             del self._watched[fd]
         status = worker.reap()
+        failpoints.reach("dataplane.buried")
         with self._lock:
             lost = self._take_lost(worker)
             last: dict[str, DeviceCounters] = {}

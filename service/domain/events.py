@@ -120,6 +120,34 @@ class RepairFailed(msgspec.Struct, frozen=True, kw_only=True):
     errno: str | None
 
 
+class DriftEnded(msgspec.Struct, frozen=True, kw_only=True):
+    """Observation: a difference that was reported, not repaired (`drift: report`), is there no more."""
+
+    interface_id: InterfaceId
+    name: InterfaceName
+
+
+class InterfaceContested(msgspec.Struct, frozen=True, kw_only=True):
+    """Observation: somebody changes the interface again after each repair; from now on repairs come slowly.
+
+    `repairs` were needed within `within_s` seconds; `differences` are what was found the last time.
+    """
+
+    interface_id: InterfaceId
+    name: InterfaceName
+    repairs: int
+    within_s: int
+    differences: list[FoundDifference]
+
+
+class ContestEnded(msgspec.Struct, frozen=True, kw_only=True):
+    """Observation: nobody has changed a contested interface for `quiet_s` seconds; repairs are prompt again."""
+
+    interface_id: InterfaceId
+    name: InterfaceName
+    quiet_s: int
+
+
 class OrphanRemoved(msgspec.Struct, frozen=True, kw_only=True):
     """Observation: a link with our token that nothing declares any more was removed."""
 
@@ -186,6 +214,9 @@ Observation = (
     DriftDetected
     | DriftRepaired
     | RepairFailed
+    | DriftEnded
+    | InterfaceContested
+    | ContestEnded
     | OrphanRemoved
     | WorkerExited
     | ServiceStarted

@@ -8,13 +8,15 @@ not into an executor: every order that matters to the kernel, with its reason.
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from service.domain import steps as st
 from service.domain.decide import name_taken
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.observed import ObservedLink
 from service.domain.spec import InterfaceSpec
 from service.domain.token import Token
-from service.domain.values import Address, InterfaceName
+from service.domain.values import Address, InterfaceName, Mtu
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,8 @@ class Sight:
     """What was seen of one interface of ours.
 
     Attributes:
-        link: the link that carries its token, whatever its name now, or None.
+        link: the link that carries its token, whatever its name now; or the one that did and was watched without a
+            break since, though its alias was overwritten; or None.
         attached: whether a worker of ours reads the device.
         occupant: a link of somebody else that has the wanted name, or None.
     """
@@ -65,7 +68,10 @@ def differences(token: Token, name: str, spec: InterfaceSpec | None, sight: Sigh
             found.append(Difference(f"{name}.{key}", desired, observed))
     if spec.processing.running != sight.attached:
         found.append(Difference(f"{name}.processing.running", spec.processing.running, sight.attached))
-    assert link.token == token
+    if link.token != token:
+        found.append(Difference(f"{name}.alias", str(token), link.alias))
+    if link.link_group in st.REMOVAL_GROUPS:  # a removal that a crash cut short
+        found.append(Difference(f"{name}.link_group", 0, link.link_group))
     return tuple(found)
 
 
@@ -98,7 +104,7 @@ def plan(token: Token, name: InterfaceName, spec: InterfaceSpec | None, sight: S
     if spec is None:
         return _removal(token, name, sight)
     if link is not None and _same_device(spec, link):
-        return _edit(spec, sight, link)
+        return _edit(token, spec, sight, link)
     if sight.occupant is not None:
         raise name_taken(name)
     fresh = ObservedLink(
@@ -113,8 +119,22 @@ def plan(token: Token, name: InterfaceName, spec: InterfaceSpec | None, sight: S
         txqueuelen=-1,  # a tun starts with 500 and a tap with 1000 (tun_net_initialize): always set it
     )
     create = st.CreateLink(name, token, spec.mode, spec.multi_queue, spec.owner, spec.group)
-    after = _edit(spec, Sight(link=fresh), fresh)
+    after = _edit(token, spec, Sight(link=fresh), fresh)
     return (*_removal(token, name, sight), create, *after)
+
+
+def leave_be(spec: InterfaceSpec, link: ObservedLink) -> InterfaceSpec:
+    """The spec with all that others may have changed on the link as it is, so that only our own processing differs."""
+    return msgspec.structs.replace(
+        spec,
+        mtu=Mtu(link.mtu),
+        txqueuelen=link.txqueuelen,
+        addresses=link.addresses,
+        up=link.up,
+        owner=link.owner,
+        group=link.group,
+        mac=link.mac if spec.mac is not None else None,
+    )
 
 
 def verify(token: Token, name: str, spec: InterfaceSpec | None, sight: Sight) -> None:
@@ -142,20 +162,24 @@ def _removal(token: Token, name: str, sight: Sight) -> tuple[st.Step, ...]:
     if sight.attached:  # first: a device that is read while it is deleted gives the worker an error
         found.append(st.StopProcessing(name, token.interface_id))
     if sight.link is not None:
+        if sight.link.token != token:  # nothing is removed that does not say that it is ours
+            found.append(st.SetAlias(sight.link.name, sight.link.ifindex, token))
         found.append(st.DeleteLink(sight.link.name, sight.link.ifindex, token))
     return tuple(found)
 
 
-def _edit(spec: InterfaceSpec, sight: Sight, link: ObservedLink) -> tuple[st.Step, ...]:
+def _edit(token: Token, spec: InterfaceSpec, sight: Sight, link: ObservedLink) -> tuple[st.Step, ...]:
     name, out = spec.name, list[st.Step]()
-    token = link.token
-    assert token is not None
+    if link.token != token:  # first: nothing else may touch a link that does not say that it is ours
+        out.append(st.SetAlias(link.name, link.ifindex, token))
     if not spec.processing.running and sight.attached:
         out.append(st.StopProcessing(link.name, token.interface_id))
     if link.name != name:
         if sight.occupant is not None:
             raise name_taken(name)
         out.append(st.SetName(name, link.name))
+    if link.link_group in st.REMOVAL_GROUPS:
+        out.append(st.SetLinkGroup(name, 0))
     if link.up and not spec.up:
         out.append(st.SetDown(name))
     if link.mtu != spec.mtu:  # before the addresses: IPv6 ones need 1280

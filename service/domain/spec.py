@@ -5,6 +5,7 @@ at the edge. Nothing in here asks the host.
 """
 
 from collections.abc import Callable, Mapping
+from enum import StrEnum
 from typing import Any, Final
 
 import msgspec
@@ -24,6 +25,13 @@ class Processing(msgspec.Struct, frozen=True):
     running: bool = False
 
 
+class Drift(StrEnum):
+    """What is done when others change the interface: put it right again, or only tell of it."""
+
+    REPAIR = "repair"
+    REPORT = "report"
+
+
 class InterfaceSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The desired state of one interface.
 
@@ -38,6 +46,7 @@ class InterfaceSpec(msgspec.Struct, frozen=True, kw_only=True):
         multi_queue: several descriptors at once; changing it means a new device.
         mac: hardware address of a tap, or None for the kernel's choice.
         processing: whether our workers read it.
+        drift: whether what others change on it is repaired, or only reported.
         description, labels: for people and their tools.
     """
 
@@ -52,6 +61,7 @@ class InterfaceSpec(msgspec.Struct, frozen=True, kw_only=True):
     multi_queue: bool = False
     mac: str | None = None
     processing: Processing = Processing()
+    drift: Drift = Drift.REPAIR
     description: str = ""
     labels: dict[str, str] = {}
 
@@ -103,6 +113,12 @@ def _processing(value: object, field: str) -> Processing:
     return Processing(running=values.parse_bool(value.get("running", False), f"{field}.running"))
 
 
+def _drift(value: object, field: str) -> Drift:
+    if value not in ("repair", "report"):
+        raise invalid(field, value, 'is not "repair" or "report"')
+    return Drift(str(value))
+
+
 _PARSERS: Final[Mapping[str, Callable[[Any, str], Any]]] = {
     "name": values.parse_name,
     "mode": _mode,
@@ -115,6 +131,7 @@ _PARSERS: Final[Mapping[str, Callable[[Any, str], Any]]] = {
     "multi_queue": values.parse_bool,
     "mac": _mac,
     "processing": _processing,
+    "drift": _drift,
     "description": values.parse_description,
     "labels": values.parse_labels,
 }
@@ -158,6 +175,7 @@ def spec_to_json(spec: InterfaceSpec) -> dict[str, Any]:
         "multi_queue": spec.multi_queue,
         "mac": spec.mac,
         "processing": {"running": spec.processing.running},
+        "drift": spec.drift.value,
         "description": spec.description,
         "labels": dict(spec.labels),
     }

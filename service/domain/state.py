@@ -190,7 +190,15 @@ def evolve(state: State, event: ev.Recorded) -> None:
                 raise _impossible(event, f"confirms {body.confirms}, which awaits no confirmation")
             del state.unconfirmed[body.name]
             _bump(state, event, body.interface_id)
-        case ev.DriftDetected() | ev.DriftRepaired() | ev.RepairFailed() | ev.OrphanRemoved():
+        case (
+            ev.DriftDetected()
+            | ev.DriftRepaired()
+            | ev.RepairFailed()
+            | ev.DriftEnded()
+            | ev.InterfaceContested()
+            | ev.ContestEnded()
+            | ev.OrphanRemoved()
+        ):
             _bump(state, event, body.interface_id)
         case ev.ServiceStarted():
             state.boot_id, state.stopped = body.boot_id, None

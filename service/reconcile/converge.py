@@ -1,11 +1,12 @@
 """Look, plan, carry out, look again, verify: the one road from what is desired to what is.
 
 Blocking, for the applier's thread. It has no state, writes no log, and decides nothing that `plan` could: what to do
-with the results is the engine's business.
+with the results is the engine's business. Many interfaces go together: one look for all, one batch of the kernel's,
+one look again; one that fails, fails alone.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from service import failpoints
 from service.domain import steps as st
@@ -15,7 +16,7 @@ from service.domain.plan import Difference, Sight, differences, plan, verify
 from service.domain.spec import InterfaceSpec
 from service.domain.token import Token
 from service.domain.values import InterfaceId, InterfaceName
-from service.reconcile.hands import Figures, Hands
+from service.reconcile.hands import Figures, Hands, Monitor
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Result:
         found: what differed before anything was done.
         steps: what was carried out.
         error: why it is not as wanted, or None.
-        link: as seen at the end.
+        sight: the last look at it.
         last_link: the link as it was just before it was removed, for its counters.
         last_figures: what the worker had counted when it let go.
     """
@@ -54,145 +55,205 @@ class Result:
     found: tuple[Difference, ...] = ()
     steps: list[st.Step] = field(default_factory=list)
     error: TunledgerError | None = None
-    link: ObservedLink | None = None
+    sight: Sight = field(default_factory=Sight)
     last_link: ObservedLink | None = None
     last_figures: Figures | None = None
+
+    @property
+    def link(self) -> ObservedLink | None:
+        """The link as seen at the end."""
+        return self.sight.link
+
+
+FEW = 8  # looks by name cost less than one at everything up to about here, or up to a part of all that there is
+FEW_OF = 4
 
 
 def look(hands: Hands, wanted: Sequence[Wanted]) -> tuple[dict[InterfaceId, Sight], Observed]:
     """What there is of these interfaces: by name when few are asked for, by token among all links where that fails."""
     attached = hands.dataplane.attached()
-    few = len(wanted) <= FEW
+    few = len(wanted) <= max(FEW, hands.monitor.watching() // FEW_OF)
     observed = hands.kernel.observe([w.name for w in wanted] if few else None)
     if few and any(not w.fresh and not _bears(observed.links.get(w.name), w.token) for w in wanted):
         observed = hands.kernel.observe()
-    return sights(wanted, observed, attached), observed
+    return sights(wanted, observed, attached, hands.monitor), observed
 
 
-FEW = 8  # targeted queries cost less than a full dump up to about here
-
-
-def sights(wanted: Iterable[Wanted], observed: Observed, attached: frozenset[str]) -> dict[InterfaceId, Sight]:
-    """Match interfaces to links: a link under the wanted name counts first, then one that bears the token."""
+def sights(
+    wanted: Iterable[Wanted], observed: Observed, attached: frozenset[str], monitor: Monitor | None = None
+) -> dict[InterfaceId, Sight]:
+    """Match interfaces to links: a link under the wanted name counts first, then one that bears the token, then the
+    one that was the interface's own until now and was watched all the time, whatever its alias says.
+    """
     by_token = {link.token: link for link in observed.links.values() if link.token is not None}
+    by_index: Mapping[int, ObservedLink] | None = None
     found: dict[InterfaceId, Sight] = {}
     for each in wanted:
         named = observed.links.get(each.name)
         link = named if _bears(named, each.token) else by_token.get(each.token)
+        if link is None and monitor is not None and (ifindex := monitor.holder(each.token)) is not None:
+            if by_index is None:
+                by_index = {link.ifindex: link for link in observed.links.values()}
+            link = by_index.get(ifindex)
+            if link is not None and (link.mode is None or link.token is not None):
+                link = None  # it says that it is another's
         found[each.id] = Sight(link=link, attached=each.id in attached, occupant=named if named is not link else None)
     return found
 
 
-def inspect(hands: Hands, wanted: Sequence[Wanted]) -> tuple[list[Result], Observed]:
+def inspect(hands: Hands, wanted: Sequence[Wanted]) -> tuple[list[Result], dict[InterfaceId, Sight]]:
     """What differs now; nothing is changed."""
-    seen, observed = look(hands, wanted)
-    results = []
-    for each in wanted:
-        sight = seen[each.id]
-        result = Result(each, found=differences(each.token, each.name, each.spec, sight), link=sight.link)
-        results.append(result)
-    return results, observed
+    mark = hands.monitor.drain()
+    seen, _ = look(hands, wanted)
+    return compare(hands, mark, wanted, seen), seen
 
 
-def converge(hands: Hands, wanted: Sequence[Wanted]) -> list[Result]:
+def compare(hands: Hands, mark: int, wanted: Sequence[Wanted], seen: Mapping[InterfaceId, Sight]) -> list[Result]:
+    """What differs in a look that began with `mark`."""
+    results = [
+        Result(each, found=differences(each.token, each.name, each.spec, seen[each.id]), sight=seen[each.id])
+        for each in wanted
+    ]
+    _settle(hands, mark, [result for result in results if not result.found])
+    return results
+
+
+def converge(hands: Hands, wanted: Sequence[Wanted], seen: Mapping[InterfaceId, Sight] | None = None) -> list[Result]:
     """Bring these interfaces to what is wanted of them. One that fails, fails alone.
+
+    Args:
+        seen: a look at them from just before; without, they are looked at.
 
     Raises:
         TunledgerError: if the host could not be looked at; nothing was changed then.
     """
-    seen, _ = look(hands, wanted)
-    results = []
+    mark = hands.monitor.drain()
+    if seen is None:
+        seen, _ = look(hands, wanted)
+    results: list[Result] = []
+    under_way: list[_UnderWay] = []
     for each in wanted:
-        result = Result(each)
+        result, sight = Result(each), seen[each.id]
         results.append(result)
         try:
-            sight = seen[each.id]
             result.found = differences(each.token, each.name, each.spec, sight)
-            result.link = sight.link
-            _carry_out(hands, result, plan(each.token, each.name, each.spec, sight), sight)
+            result.sight = sight
+            under_way.append(_UnderWay(result, sight, plan(each.token, each.name, each.spec, sight)))
         except TunledgerError as error:
             result.error = error
-    changed = [result.wanted for result in results if result.steps and result.error is None]
+    _carry_out(hands, under_way)
+    unchanged = [result for result in results if not result.steps and result.error is None]
+    changed = [result for result in results if result.steps and result.error is None]
+    _settle(hands, mark, unchanged)
     if changed:
-        after, _ = look(hands, changed)
-        for result in results:
-            if result.steps and result.error is None:
-                sight = after[result.wanted.id]
-                result.link = sight.link
-                try:
-                    verify(result.wanted.token, result.wanted.name, result.wanted.spec, sight)
-                except TunledgerError as error:
-                    result.error = error
+        failpoints.reach("converge.verify.before")
+        mark = hands.monitor.drain()
+        # What the kernel said it removed by ifindex is not searched for under other names.
+        after, _ = look(hands, [_gone(r.wanted) if r.wanted.spec is None else r.wanted for r in changed])
+        for result in changed:
+            result.sight = after[result.wanted.id]
+            try:
+                verify(result.wanted.token, result.wanted.name, result.wanted.spec, result.sight)
+            except TunledgerError as error:
+                result.error = error
+        _settle(hands, mark, [result for result in changed if result.error is None])
     return results
+
+
+def converge_each(hands: Hands, orders: Sequence[Sequence[Wanted]]) -> list[list[Result]]:
+    """Several orders as one batch; the results of each. Raises as `converge` does."""
+    results = iter(converge(hands, [each for order in orders for each in order]))
+    return [[next(results) for _ in order] for order in orders]
 
 
 def remove_orphans(hands: Hands, orphans: Iterable[ObservedLink]) -> list[tuple[ObservedLink, TunledgerError | None]]:
-    """Remove links that carry our token and that nothing declares; one that went meanwhile is left out."""
-    results: list[tuple[ObservedLink, TunledgerError | None]] = []
-    for link in orphans:
+    """Remove links that carry our token and that nothing declares, all together. One that went meanwhile is no error,
+    and one that changed hands is left alone: the kernel's executor looks at the token again.
+    """
+    present = list(orphans)
+    work = []
+    for link in present:
         assert link.token is not None
-        try:
-            present = hands.kernel.observe([link.name]).links.get(link.name)
-            if not _bears(present, link.token):
-                continue
-            hands.kernel.execute(link.token, [st.DeleteLink(link.name, link.ifindex, link.token)])
-            results.append((link, None))
-        except TunledgerError as error:
-            results.append((link, error))
-    return results
+        work.append((link.token, [st.DeleteLink(link.name, link.ifindex, link.token)]))
+    return list(zip(present, hands.kernel.execute_many(work), strict=True))
 
 
-def _carry_out(hands: Hands, result: Result, steps: Sequence[st.Step], sight: Sight) -> None:
-    token = result.wanted.token
-    waiting: list[st.Step] = []
+@dataclass(slots=True)
+class _UnderWay:
+    """An interface with the steps to carry out."""
 
-    def flush() -> None:
-        if waiting:
-            result.steps += waiting  # before: a step that fails may have done part of its work
-            hands.kernel.execute(token, list(waiting))
-            waiting.clear()
+    result: Result
+    sight: Sight
+    steps: Sequence[st.Step]
 
-    for step in steps:
-        match step:
-            case st.StopProcessing():
-                flush()
-                result.steps.append(step)
-                failpoints.reach("dataplane.detach.before")
-                result.last_figures = _detach(hands, step)
-                failpoints.reach("dataplane.detach.after")
-            case st.StartProcessing():
-                flush()
-                result.steps.append(step)
-                failpoints.reach("dataplane.attach.before")
-                _attach(hands, step, token)
-                failpoints.reach("dataplane.attach.after")
-            case st.DeleteLink():
-                waiting.append(step)
-                flush()
-                result.last_link = sight.link
-            case _:
-                waiting.append(step)
-    flush()
+    def of_kernel(self) -> list[st.Step]:
+        """The steps that the kernel does; a plan has those of the workers before and after them."""
+        return [step for step in self.steps if not isinstance(step, st.StopProcessing | st.StartProcessing)]
+
+    @property
+    def alive(self) -> bool:
+        """Whether nothing of it has failed."""
+        return self.result.error is None
 
 
-def _attach(hands: Hands, step: st.StartProcessing, token: Token) -> None:
-    fd = hands.kernel.open_device(step, token)
+def _carry_out(hands: Hands, under_way: Sequence[_UnderWay]) -> None:
+    """First the workers let go, then the kernel changes all at once, then the workers take up."""
+    for each in under_way:
+        for step in each.steps:
+            if isinstance(step, st.StopProcessing):
+                _stop(hands, each.result, step)
+    work = [(each, steps) for each in under_way if each.alive and (steps := each.of_kernel())]
+    if work:
+        for each, steps in work:
+            each.result.steps += steps  # before: a step that fails may have done part of its work
+        errors = hands.kernel.execute_many([(each.result.wanted.token, steps) for each, steps in work])
+        for (each, steps), error in zip(work, errors, strict=True):
+            if any(isinstance(step, st.DeleteLink) for step in steps):
+                each.result.last_link = each.sight.link
+            each.result.error = error
+    for each in under_way:
+        for step in each.steps:
+            if isinstance(step, st.StartProcessing) and each.alive:
+                _start(hands, each.result, step)
+
+
+def _stop(hands: Hands, result: Result, step: st.StopProcessing) -> None:
+    result.steps.append(step)
     try:
+        failpoints.reach("dataplane.detach.before")
+        result.last_figures = hands.dataplane.detach(step.interface_id)
+        failpoints.reach("dataplane.detach.after")
+    except Exception as error:  # noqa: BLE001  # whatever it is, it is one interface's
+        result.error = _worker_failed(step, error)
+
+
+def _start(hands: Hands, result: Result, step: st.StartProcessing) -> None:
+    result.steps.append(step)
+    try:
+        failpoints.reach("dataplane.attach.before")
+        fd = hands.kernel.open_device(step, result.wanted.token)
         hands.dataplane.attach(step.interface_id, fd, mode=step.mode.value, name=step.name)
-    except Exception as error:
-        raise _worker_failed(step, error) from error
-
-
-def _detach(hands: Hands, step: st.StopProcessing) -> Figures | None:
-    try:
-        return hands.dataplane.detach(step.interface_id)
-    except Exception as error:
-        raise _worker_failed(step, error) from error
+        failpoints.reach("dataplane.attach.after")
+    except TunledgerError as error:
+        result.error = error
+    except Exception as error:  # noqa: BLE001  # as above
+        result.error = _worker_failed(step, error)
 
 
 def _worker_failed(step: st.Step, error: Exception) -> TunledgerError:
     retry = bool(getattr(error, "retry", True))  # the data plane's own errors know; anything else may pass
     return TunledgerError(ErrorCode.WORKER_FAILED, f"{step}: {error}", retry=retry)
+
+
+def _settle(hands: Hands, mark: int, agreed: Sequence[Result]) -> None:
+    """Tell the monitor what a look found to be as wanted."""
+    links = [r.link for r in agreed if r.wanted.spec is not None and _bears(r.link, r.wanted.token)]
+    gone = [r.last_link.ifindex for r in agreed if r.wanted.spec is None and r.last_link is not None]
+    hands.monitor.settled(mark, [link for link in links if link is not None], gone)
+
+
+def _gone(wanted: Wanted) -> Wanted:
+    return replace(wanted, fresh=True)
 
 
 def _bears(link: ObservedLink | None, token: Token) -> bool:

@@ -1,9 +1,9 @@
 """The engine: takes commands, keeps desired state, and brings the host to it, each step in the log.
 
 Theory of operation. The engine lives on the event loop and never blocks it: the disk belongs to the log's writer,
-the host to the applier, each a thread that answers through futures. Desired state changes in one place, `_recorded`,
-when the writer has made events durable, in their order. One lock for each interface name: commands on one interface
-follow each other, commands on different ones do not wait.
+the host to the applier, each a thread that answers through futures and does what waits together as one. Desired state
+changes in one place, `_recorded`, when the writer has made events durable, in their order. One lock for each interface
+name: commands on one interface follow each other, commands on different ones do not wait.
 
     submit      survey the host -> decide -> append the intent -> converge -> append the outcome -> answer
     reconcile   look at everything -> record what drifted -> converge -> append what came of it
@@ -14,152 +14,57 @@ was cut off by its client goes on to its outcome all the same. HTTP does not liv
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol, assert_never
+from dataclasses import replace
+from typing import Any, assert_never
 
 import msgspec
 import structlog
 
+from service import failpoints
 from service.domain import commands as cmd
 from service.domain import events as ev
-from service.domain.counters import Book, Reading, Source, kernel_reading, worker_reading
+from service.domain.counters import Book, Reading
 from service.domain.decide import confirm, decide, intended, take_back
 from service.domain.errors import ErrorCode, TunledgerError
-from service.domain.observed import Host, ObservedLink, one_each
-from service.domain.plan import Difference, Sight, differences, plan
-from service.domain.spec import InterfaceSpec, Processing
+from service.domain.observed import Host, Observed, ObservedLink
+from service.domain.plan import Difference, Sight, differences, leave_be, plan
+from service.domain.spec import Drift, InterfaceSpec, Processing
 from service.domain.state import Interface, State, Unconfirmed, evolve
 from service.domain.steps import StartProcessing, Step
 from service.domain.token import Token
 from service.domain.values import CommandId, InterfaceId, InterfaceName, NodeId
+from service.reconcile.answer import Answer, Clock, Finished, Preview, Renderer
 from service.reconcile.applier import Applier
-from service.reconcile.converge import Result, Wanted, converge, inspect, look, remove_orphans, sights
-from service.reconcile.hands import Hands
+from service.reconcile.converge import (
+    Result,
+    Wanted,
+    compare,
+    converge,
+    converge_each,
+    inspect,
+    look,
+    remove_orphans,
+    sights,
+)
+from service.reconcile.counting import Counting
+from service.reconcile.hands import Hands, News
+from service.reconcile.keys import Keys, is_settled
 from service.reconcile.rejections import Allowance
+from service.reconcile.summary import SHOWN_MAX, Summary, few
+from service.reconcile.troubles import BACK_OFF_FIRST_S, BACK_OFF_MAX_S, CONTEST_WITHIN_S, Troubles
 from service.store import answers
 from service.store.answers import Kept, Reply
 from service.store.counters import CounterKeeper
 from service.store.writer import Job, LogWriter
 
 IN_FLIGHT_MAX = 256  # commands between their arrival and their outcome; more are refused as overloaded
-BACK_OFF_FIRST_S, BACK_OFF_MAX_S = 1.0, 60.0
+LINE_MAX = 2000  # characters of a log line that tells of many interfaces
 SYSTEM = "system"  # the actor of what nobody asked for
+Survey = tuple[tuple[InterfaceName, ...], bool]  # names, and whether the networks in use are wanted too
 
 log = structlog.get_logger("tunledger.engine")
-
-
-class Clock(Protocol):
-    """Time and ids, passed in so that tests can say what they are."""
-
-    def now(self) -> str:
-        """UTC, ISO 8601 with microseconds and a Z."""
-        ...
-
-    def before(self, seconds: float) -> str:
-        """The UTC time this long ago, in the same form."""
-        ...
-
-    def seconds_until(self, stamp: str) -> float:
-        """How long until a UTC time in that form; negative if it is past."""
-        ...
-
-    def new_id(self) -> str:
-        """A new UUIDv7."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """One interface of a command: as it is desired now (None once it is gone), and the link as it was seen."""
-
-    name: InterfaceName
-    interface_id: InterfaceId
-    created: bool
-    interface: Interface | None
-    link: ObservedLink | None
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a command came to. `reply` is what a request with an Idempotency-Key hears, now and ever after."""
-
-    command_id: CommandId
-    finished: tuple[Finished, ...] = ()
-    reply: Reply | None = None
-
-
-class Renderer(Protocol):
-    """Makes the reply of a command that came with an Idempotency-Key; also for one that recovery finished."""
-
-    def __call__(
-        self,
-        request: cmd.Request,
-        command_id: CommandId,
-        finished: Sequence[Finished],
-        error: TunledgerError | None,
-    ) -> Reply:
-        """The reply, from what the log and the kernel say, and nothing else."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Preview:
-    """What a command would do: the events, and for each interface the differences and the steps."""
-
-    intents: tuple[ev.Intent, ...]
-    plans: tuple[tuple[InterfaceName, tuple[Difference, ...], tuple[Step, ...]], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _UnderWay:
-    fingerprint: str
-    task: "asyncio.Task[Reply]"
-
-
-@dataclass(frozen=True, slots=True)
-class Trouble:
-    """Why an interface is not as wanted, since when it is tried again, and how often it was."""
-
-    message: str
-    code: str
-    since: str
-    attempts: int
-    next_try: float  # on the monotonic clock
-
-
-@dataclass(slots=True)
-class Summary:
-    """What one reconciliation did, by interface name."""
-
-    recreated: list[str] = field(default_factory=list)
-    repaired: list[str] = field(default_factory=list)
-    adopted: list[str] = field(default_factory=list)
-    orphans_removed: list[str] = field(default_factory=list)
-    finished: list[str] = field(default_factory=list)
-    processing_resumed: list[str] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, list[str]]:
-        """The names by what was done."""
-        return {each.name: list(getattr(self, each.name)) for each in fields(self)}
-
-    def __str__(self) -> str:
-        parts = (
-            ("recreated", self.recreated),
-            ("repaired", self.repaired),
-            ("adopted", self.adopted),
-            ("orphans removed", self.orphans_removed),
-            ("commands finished", self.finished),
-            ("processing resumed", self.processing_resumed),
-            ("FAILED", self.failed),
-        )
-        return "; ".join(f"{label}: {_few(names)}" for label, names in parts if names) or "nothing to do"
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) <= 10 else f"{', '.join(names[:10])} and {len(names) - 10} more"
 
 
 class Engine:
@@ -169,6 +74,7 @@ class Engine:
         state, book: as folded and loaded from the database, at the same moment.
         render, recall: make and look up replies to requests with an Idempotency-Key.
         publish: gets recorded events, in order, on the event loop.
+        knows: which of these interface ids the log has ever declared. May block; it is called in a thread.
         frozen: why nothing may be changed (an unreadable or unverifiable log), or None.
         keeper: stores counters; by default one with the default intervals.
     """
@@ -186,29 +92,41 @@ class Engine:
         boot_id: str,
         render: Renderer,
         recall: Callable[[str, str], Kept | None],
+        knows: Callable[[Collection[InterfaceId]], set[InterfaceId]],
         publish: Callable[[list[ev.Recorded]], None] = lambda _events: None,
-        frozen: str | None = None,
+        frozen: TunledgerError | None = None,
         keeper: CounterKeeper | None = None,
     ) -> None:
-        self.node, self.state, self.book = node, state, book
-        self._keeper = keeper if keeper is not None else CounterKeeper()
+        self.node, self.state = node, state
         self._writer, self._applier, self._hands = writer, applier, hands
         self._clock, self._boot_id = clock, boot_id
-        self._render, self._recall, self._publish = render, recall, publish
+        self._render, self._publish, self._knows = render, publish, knows
         self._frozen = frozen
-        self._under_way: dict[tuple[str, str], _UnderWay] = {}
+        self._keys = Keys(recall, self._spawn)
+        self._counting = Counting(
+            node=node,
+            boot_id=boot_id,
+            book=book,
+            keeper=keeper if keeper is not None else CounterKeeper(),
+            hands=hands,
+            writer=writer,
+            clock=clock,
+            apply=self._apply,
+        )
         self._take_back_after, self._take_backs_failed = 0.0, 0
         self._locks: dict[str, asyncio.Lock] = {}
         self._complaints: list[str] = []
+        self._unheard: dict[str, str] = {}  # links with our token that the log knows nothing of, and what to say
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing = False
         self._rejections = Allowance()
         self._previous_boot, self._previous_stop = state.boot_id, state.stopped
-        self.troubles: dict[InterfaceId, Trouble] = {}
-        self.wake = asyncio.Event()
+        self.troubles = Troubles()
+        self.wake = asyncio.Event()  # something is due: `work` knows what
+        self._everything_due = False
+        self._later: set[InterfaceId] = set()  # heard of while a command was under way on them
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._sampling = asyncio.Lock()
-        self._sampled = 0.0
+        self._news = False  # the monitor has heard of something
 
     # -- events
 
@@ -225,8 +143,11 @@ class Engine:
             self.freeze(error.message)
         self._publish(events)
 
-    async def _append(self, drafts: Sequence[ev.Draft]) -> list[ev.Recorded]:
-        return await asyncio.wrap_future(self._writer.append(drafts)) if drafts else []
+    async def _append(self, drafts: Sequence[ev.Draft], also: Job | None = None) -> None:
+        if drafts:
+            await asyncio.wrap_future(self._writer.append(drafts, also))
+        elif also is not None:
+            await asyncio.wrap_future(self._writer.run(also))
 
     def _draft(
         self,
@@ -266,7 +187,7 @@ class Engine:
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if submission.request.key:
             work = self._reply_to(submission, accepted)
-            task = self._once(submission.actor, submission.request, work)
+            task = self._keys.once(submission.actor, submission.request, work)
             if wait or await self._first_is(task, accepted):
                 return Answer(submission.command_id, reply=await asyncio.shield(task))
             return Answer(submission.command_id)
@@ -281,44 +202,11 @@ class Engine:
         await asyncio.wait({task, accepted}, return_when=asyncio.FIRST_COMPLETED)
         return not accepted.done()
 
-    def _once(self, actor: str, request: cmd.Request, work: Coroutine[Any, Any, Reply]) -> "asyncio.Task[Reply]":
-        """One effect and one reply for each key of a caller, however often and whenever it is sent.
-
-        Raises:
-            TunledgerError: key_reused.
-        """
-        slot = (actor, request.key)
-        known = self._under_way.get(slot)
-        if known is None:
-            known = _UnderWay(request.fingerprint, self._spawn(self._recalled(actor, request, work)))
-            self._under_way[slot] = known
-            known.task.add_done_callback(lambda _task: self._under_way.pop(slot, None))
-            return known.task
-        work.close()
-        if known.fingerprint != request.fingerprint:
-            raise _key_reused(request.key)
-        return known.task
-
-    async def _recalled(self, actor: str, request: cmd.Request, work: Coroutine[Any, Any, Reply]) -> Reply:
-        try:
-            kept = await asyncio.to_thread(self._recall, actor, request.key)
-            if kept is None:
-                return await work
-        finally:
-            work.close()
-        if kept.fingerprint != request.fingerprint:
-            raise _key_reused(request.key)
-        if kept.reply is None:
-            raise TunledgerError(
-                ErrorCode.OUTCOME_UNKNOWN, f"command {kept.command_id} has no outcome yet; ask again", retry=True
-            )
-        return kept.reply
-
     async def _reply_to(self, submission: cmd.Submission, accepted: "asyncio.Future[None]") -> Reply:
         try:
             answer = await self._carry_out(submission, accepted)
         except TunledgerError as error:
-            if error.retry and error.code in _NOT_SETTLED:
+            if not is_settled(error):
                 raise
             return self._render(submission.request, submission.command_id, (), error)
         assert answer.reply is not None
@@ -355,7 +243,7 @@ class Engine:
         self._refuse_if_closed()
         work = self._confirm(submission)
         if submission.request.key:
-            return await asyncio.shield(self._once(submission.actor, submission.request, work))
+            return await asyncio.shield(self._keys.once(submission.actor, submission.request, work))
         reply: Reply = await asyncio.shield(self._spawn(work))
         return reply
 
@@ -375,7 +263,9 @@ class Engine:
                 for body in confirmed
             ]
             also = self._closed(submission.actor, command_id, request, (), None) if request.key else None
-            await asyncio.wrap_future(self._writer.append(drafts, also))
+            failpoints.reach("engine.confirm.before")
+            await self._append(drafts, also)
+            failpoints.reach("engine.confirm.after")
         return self._render(request, command_id, (), None)
 
     def _has_pending(self, name: str) -> bool:
@@ -402,8 +292,10 @@ class Engine:
                 if not intents or self._frozen is not None:
                     continue
                 submission = cmd.Submission((), CommandId(self._clock.new_id()), SYSTEM, request)
+                failpoints.reach("engine.take_back.before")
                 try:
                     await self._intend_and_finish(submission, intents, None)
+                    failpoints.reach("engine.take_back.after")
                     self._take_backs_failed = 0
                 except TunledgerError as error:
                     log.error("could not take back; it is tried again", command_id=command_id, error=error.message)
@@ -425,7 +317,7 @@ class Engine:
         """Record that a command was refused before it was an intent. A flood is recorded as a number."""
         if self._frozen is not None or self._closing:
             return
-        settled = request.key and not (refusal.retry and refusal.code in _NOT_SETTLED)
+        settled = request.key and is_settled(refusal)
         also = self._closed(actor, command_id, request, (), refusal) if settled else None
         allowed, suppressed = self._rejections.take(time.monotonic())
         body = ev.CommandRejected(
@@ -437,28 +329,29 @@ class Engine:
             request=request,
             suppressed=suppressed,
         )
+        failpoints.reach("engine.reject.before")
         try:
-            if allowed:
-                draft = self._draft(ev.name_stream(name), body, actor=actor, command_id=command_id)
-                await asyncio.wrap_future(self._writer.append([draft], also))
-            elif also is not None:  # the flood is a number in the log, but a key has its answer
-                await asyncio.wrap_future(self._writer.run(also))
+            # A flood is a number in the log, but a key has its answer.
+            draft = self._draft(ev.name_stream(name), body, actor=actor, command_id=command_id)
+            await self._append([draft] if allowed else [], also)
+            failpoints.reach("engine.reject.after")
         except TunledgerError as error:
             log.warning("a refusal could not be recorded", name=name, error=error.message)
 
     @property
     def frozen(self) -> str | None:
         """Why nothing may be changed, or None."""
-        return self._frozen
+        return self._frozen.message if self._frozen is not None else None
 
     def freeze(self, reason: str) -> None:
         """From now on nothing is changed: the log turned out not to be what it should."""
         log.error("read-only from now on", reason=reason)
-        self._frozen = reason
+        self._frozen = TunledgerError(ErrorCode.LOG_CORRUPT, reason)
 
     def _refuse_if_closed(self) -> None:
         if self._frozen is not None:
-            raise TunledgerError(ErrorCode.LOG_CORRUPT, f"read-only: {self._frozen}")
+            frozen = self._frozen
+            raise TunledgerError(frozen.code, f"read-only: {frozen.message}", retry=frozen.retry)
         if self._closing:
             raise TunledgerError(ErrorCode.SHUTTING_DOWN, "the service is stopping", retry=True)
 
@@ -499,7 +392,9 @@ class Engine:
             also = answers.opened(
                 submission.actor, request.key, request.fingerprint, submission.command_id, self._clock.now()
             )
-        await asyncio.wrap_future(self._writer.append(drafts, also))
+        failpoints.reach("engine.intent.before")
+        await self._append(drafts, also)
+        failpoints.reach("engine.intent.after")
         if accepted is not None and not accepted.done():
             accepted.set_result(None)
         return await self._finish(
@@ -508,21 +403,15 @@ class Engine:
 
     async def _survey(self, submission: cmd.Submission) -> Host:
         """What the commands are judged against: who holds their names, and which networks others use."""
-        names = [cmd.target(command) for command in submission.commands]
+        names = tuple(cmd.target(command) for command in submission.commands)
         networks = any(_may_overlap(command) for command in submission.commands)
+        return await asyncio.wrap_future(self._applier.join(self._survey_each, (names, networks)))
 
-        def survey() -> Host:
-            kernel = self._hands.kernel
-            first, *rest = [
-                kernel.survey(name, self.node, networks=networks and not number) for number, name in enumerate(names)
-            ]
-            occupants = dict(first.occupants)
-            for host in rest:
-                occupants.update(host.occupants)
-            return Host(occupants, first.networks)
-
-        host: Host = await self._apply(survey)
-        return host
+    def _survey_each(self, surveys: Sequence[Survey]) -> list[Host]:
+        """In the applier's thread: one look for all that wait."""
+        names = {name for names, _networks in surveys for name in names}
+        host = self._hands.kernel.survey(names, self.node, networks=any(networks for _names, networks in surveys))
+        return [Host(host.occupants, host.networks if networks else ()) for _names, networks in surveys]
 
     async def _finish(
         self,
@@ -536,7 +425,7 @@ class Engine:
         """Bring the pending intents of one command to their outcome: all applied and verified, or all undone."""
         created = {w.id: self.state.interfaces[w.id].spec is None for w in wanted}
         results = await self._converge(wanted)
-        counted = self._job_of(self._last_readings(results))  # at once: a later sample must come after these figures
+        counted = self._counting.job(self._counting.let_go(results))  # at once: a later sample comes after these
         failed = next((result for result in results if result.error is not None), None)
         error = failed.error if failed is not None else None
         undone = await self._undo(wanted) if error is not None else True
@@ -562,29 +451,31 @@ class Engine:
         jobs = [counted] if counted is not None else []
         if request.key:
             jobs.append(self._closed(actor, command_id, request, told, error))
+        failpoints.reach("engine.outcome.before")
         try:
-            await asyncio.wrap_future(self._writer.append(drafts, _together(jobs)))
+            await self._append(drafts, _together(jobs))
         except TunledgerError as trouble:
-            asyncio.get_running_loop().call_later(BACK_OFF_FIRST_S, self.wake.set)
+            asyncio.get_running_loop().call_later(BACK_OFF_FIRST_S, self.look_again)
             raise TunledgerError(
                 ErrorCode.OUTCOME_UNKNOWN,
                 f"command {command_id} was carried out, but its outcome could not be recorded yet: {trouble.message}; "
                 "it is finished as soon as the log can be written",
                 retry=True,
             ) from trouble
+        failpoints.reach("engine.outcome.after")
         names = [w.name for w in wanted]
         if error is not None:
-            self._forget_troubles()
+            self.troubles.keep_only(self.state.interfaces)
             if not undone:  # what is left is an orphan, or drift
-                asyncio.get_running_loop().call_later(BACK_OFF_FIRST_S, self.wake.set)
+                asyncio.get_running_loop().call_later(BACK_OFF_FIRST_S, self.look_again)
             log.warning("command failed", command_id=command_id, names=names, error=error.message)
             if request.key:
                 return Answer(command_id, told, self._render(request, command_id, told, error))
             raise error
         for each in wanted:
-            self.troubles.pop(each.id, None)
+            self.troubles.forget(each.id)
             if each.spec is None:
-                self.book.forget(each.id)
+                self._counting.book.forget(each.id)
         if request.confirm_by:
             self.wake.set()  # there is a deadline to watch
         log.info("command applied", command_id=command_id, names=names, by=by, took_us=took_us)
@@ -614,8 +505,10 @@ class Engine:
 
     async def _undo(self, wanted: Sequence[Wanted]) -> bool:
         """Bring the host back to what it was before pending intents; whether that worked."""
+        failpoints.reach("engine.undo.before")
         previous = [self._wanted(w.id, w.name, self.state.interfaces[w.id].spec) for w in wanted]
         results = await self._converge(previous)
+        failpoints.reach("engine.undo.after")
         for result in results:
             if result.error is not None:
                 log.error("could not undo", name=result.wanted.name, error=result.error.message)
@@ -624,10 +517,13 @@ class Engine:
 
     async def _converge(self, wanted: Sequence[Wanted]) -> list[Result]:
         try:
-            results: list[Result] = await self._apply(lambda: converge(self._hands, wanted))
+            return await asyncio.wrap_future(self._applier.join(self._converge_each, wanted))
         except TunledgerError as error:
             return [Result(each, error=error) for each in wanted]
-        return results
+
+    def _converge_each(self, orders: Sequence[Sequence[Wanted]]) -> list[list[Result]]:
+        """In the applier's thread: all that wait as one batch."""
+        return converge_each(self._hands, orders)
 
     def _wanted_by(self, intent: ev.Intent) -> Wanted:
         before = self.state.interfaces.get(intent.interface_id)
@@ -649,14 +545,28 @@ class Engine:
         if self._frozen is not None:
             return Summary()
         begun = time.monotonic_ns()
+        failpoints.reach("engine.start_up.before")
+        settled = [i for i in self.state.interfaces.values() if i.pending is None]
+        looked = await self._look_at_all(settled)
+        _orphans, unheard = await self._undeclared(looked[0])
+        if unheard:
+            named = ", ".join(f"{link.name} (ifindex {link.ifindex})" for link in unheard)
+            self.freeze(
+                f"the log has never heard of {named}, which carry this node's token: it has lost its end, or is an "
+                "older copy. Nothing is changed. Restore the whole log; or, if this one is to count, remove them "
+                "(ip link delete) and restart"
+            )
+            return Summary()
         await self._append([self._draft(ev.node_stream(self.node), started)])
+        failpoints.reach("engine.start_up.recorded")
         if self._previous_boot is not None and self._previous_boot != self._boot_id:
             cause = "reboot"
         elif self._previous_stop is not None:
             cause = "shutdown"
         else:
             cause = "unknown"
-        summary = await self.reconcile(cause=cause)
+        summary = await self.reconcile(cause=cause, looked=looked)
+        failpoints.reach("engine.start_up.reconciled")
         body = ev.StartupReconciled(
             took_us=(time.monotonic_ns() - begun) // 1000,
             recreated=summary.recreated,
@@ -668,44 +578,133 @@ class Engine:
             failed=summary.failed,
         )
         await self._append([self._draft(ev.node_stream(self.node), body)])
+        failpoints.reach("engine.start_up.after")
         return summary
 
-    async def reconcile(self, *, cause: str = "unknown", only: frozenset[InterfaceId] | None = None) -> Summary:
+    async def work(self, *, everything: bool) -> None:
+        """Look at what may have changed and at what is due again, or at everything, and mend what differs.
+
+        Raises:
+            TunledgerError: as `reconcile`.
+        """
+        await self.take_back_overdue()
+        causes = await self._touched()
+        if everything or causes is None:
+            self._everything_due = False
+            await self.reconcile(causes=causes or {})
+        elif causes:
+            await self.reconcile(only=frozenset(causes), causes=causes)
+
+    def look_again(self) -> None:
+        """Have everything looked at soon."""
+        self._everything_due = True
+        self.wake.set()
+
+    def heard(self) -> None:
+        """From any thread: the monitor has news."""
+        loop = self._loop
+        if loop is not None and not self._closing:
+            loop.call_soon_threadsafe(self._take_news)
+
+    def _take_news(self) -> None:
+        self._news = True
+        self.wake.set()
+
+    async def _touched(self) -> dict[InterfaceId, str] | None:
+        """Interfaces to look at, with the cause where one is known; None if it may be any."""
+        known = self.state.interfaces
+        causes: dict[InterfaceId, str] = {}
+        if self._news:
+            self._news = False
+            failpoints.reach("engine.notice.before")
+            news: News = await self._apply(self._hands.monitor.take)  # there, where its own doing is settled by now
+            if news.lost:
+                log.warning("messages of the kernel were lost: everything is looked at")
+                self._everything_due = True
+            for ifindex, token in (*news.changed.items(), *news.gone.items()):
+                if token.node == self.node and token.interface_id in known:
+                    causes[token.interface_id] = news.moved.get(ifindex, "outside")
+            for name in news.names:
+                interface = self.state.find(name)
+                if interface is not None:
+                    causes.setdefault(interface.id, "outside")
+            failpoints.reach("engine.notice.after")
+        for each in (*self._later, *self.troubles.due(time.monotonic())):
+            causes.setdefault(each, "outside")
+        self._later = {each for each in causes if self._is_busy(each)}
+        if self._everything_due:
+            return None
+        return {each: cause for each, cause in causes.items() if each in known and each not in self._later}
+
+    async def reconcile(
+        self,
+        *,
+        cause: str = "unknown",
+        causes: Mapping[InterfaceId, str] | None = None,
+        only: frozenset[InterfaceId] | None = None,
+        looked: "tuple[Observed, list[Result]] | None" = None,
+        asked: bool = False,
+    ) -> Summary:
         """Look at all interfaces (or some), and mend what differs. Those with a command under way are left to it.
+
+        Args:
+            cause: of what is found, where `causes` does not say.
+            looked: at everything, by start-up just now. What is missing then is made even where drift is only to be
+                reported: a reboot is nobody's choice.
+            asked: somebody wants it: drift that is only to be reported is mended too.
 
         Raises:
             TunledgerError: if the host could not be looked at, or what was found could not be recorded: then
                 nothing was changed either.
         """
         summary = Summary()
-        self._forget_troubles()
+        self.troubles.keep_only(self.state.interfaces)
         if self._frozen is not None:
             return summary
         chosen = [i for i in self.state.interfaces.values() if only is None or i.id in only]
         free = [i for i in chosen if not self._busy(i.name)]
         async with self._locked([i.name for i in free]):
-            if only is None:
-                await self._remove_orphans(summary)
             # What was free may have changed while the locks were taken.
             present = [self.state.interfaces[i.id] for i in free if i.id in self.state.interfaces]
-            if only is None:
-                await self._recover([i for i in present if i.pending is not None], summary)
-            await self._mend([i for i in present if i.pending is None], cause, summary)
+            settled = [i for i in present if i.pending is None]
+            if only is not None:
+                wanted = [self._wanted(i.id, i.name, i.spec) for i in settled]
+                found: list[Result] = []
+                if wanted:
+                    found, _ = await self._apply(lambda: inspect(self._hands, wanted))
+            else:
+                pending = [i for i in present if i.pending is not None]
+                observed, found = looked if looked is not None else await self._look_at_all(settled)
+                if await self._remove_orphans(observed, summary) or pending:
+                    await self._recover(pending, summary)
+                    _, found = await self._look_at_all(settled)
+            await self._mend(found, cause, causes or {}, summary, starting=looked is not None, asked=asked)
         return summary
+
+    async def _look_at_all(self, interfaces: Sequence[Interface]) -> tuple[Observed, list[Result]]:
+        wanted = [self._wanted(i.id, i.name, i.spec) for i in interfaces]
+
+        def look_at_all() -> tuple[Observed, list[Result]]:
+            mark = self._hands.monitor.drain()
+            observed = self._hands.kernel.observe()
+            seen = sights(wanted, observed, self._hands.dataplane.attached(), self._hands.monitor)
+            return observed, compare(self._hands, mark, wanted, seen)
+
+        observed, results = await self._apply(look_at_all)
+        return observed, results
 
     async def reconcile_now(self) -> Summary:
         """Reconcile because somebody asks: failed repairs are tried at once. Raises TunledgerError."""
         self._refuse_if_closed()
-        for interface_id, trouble in list(self.troubles.items()):
-            self.troubles[interface_id] = replace(trouble, next_try=0.0)
-        return await self.reconcile()
+        self.troubles.hurry()
+        return await self.reconcile(asked=True)
 
     async def reconcile_for(self, submission: cmd.Submission) -> Reply:
         """Reconcile because a client asks; with an Idempotency-Key once only. Raises TunledgerError."""
         self._refuse_if_closed()
         work = self._reconcile_for(submission)
         if submission.request.key:
-            return await asyncio.shield(self._once(submission.actor, submission.request, work))
+            return await asyncio.shield(self._keys.once(submission.actor, submission.request, work))
         reply: Reply = await asyncio.shield(self._spawn(work))
         return reply
 
@@ -731,41 +730,87 @@ class Engine:
             assert pending is not None
             wanted = [self._wanted(i.id, i.name, i.wanted) for i in group]
             names = [i.name for i in group]
+            failpoints.reach("engine.recover.before")
             try:
                 await self._finish(command_id, pending.actor, pending.request, wanted, "recovery", time.monotonic_ns())
+                failpoints.reach("engine.recover.after")
                 summary.finished += names
             except TunledgerError as error:
                 log.error("a pending command failed", command_id=command_id, names=names, error=error.message)
                 summary.failed += names
 
-    async def _mend(self, interfaces: Sequence[Interface], cause: str, summary: Summary) -> None:
-        wanted = [self._wanted(i.id, i.name, i.spec) for i in interfaces]
-        if not wanted:
-            return
-        results, _ = await self._apply(lambda: inspect(self._hands, wanted))
-        drifted: list[Result] = []
+    async def _mend(
+        self,
+        results: Sequence[Result],
+        cause: str,
+        causes: Mapping[InterfaceId, str],
+        summary: Summary,
+        *,
+        starting: bool,
+        asked: bool,
+    ) -> None:
+        """Record what differs, mend what is due, and record what came of it. The names' locks are held."""
+        now, stamp = time.monotonic(), self._clock.now()
+        due: list[Result] = []
+        drafts: list[ev.Draft] = []
+        drifted: list[str] = []
         for result in results:
-            if result.found:
-                drifted.append(result)
+            wanted = result.wanted
+            if not result.found:
+                summary.adopted.append(wanted.name)
+                drafts += self._agreed(wanted, now)
+                continue
+            own = _own_part(result, starting=starting, asked=asked)
+            if own is None:
+                told = self.troubles.reported(wanted.id, result.found, stamp)
+            elif not self.troubles.is_due(wanted.id, now):
+                continue
             else:
-                summary.adopted.append(result.wanted.name)
-                self.troubles.pop(result.wanted.id, None)
-        now = time.monotonic()
-        due = [r for r in drifted if (t := self.troubles.get(r.wanted.id)) is None or t.next_try <= now]
-        await self._append([self._drift(r, cause) for r in due if r.wanted.id not in self.troubles])
+                due.append(own)
+                told = not self.troubles.is_failing(wanted.id)
+            if told:
+                drafts.append(self._drift(result, causes.get(wanted.id, cause)))
+                drifted.append(wanted.name)
+        if drifted:
+            found = "; ".join(str(d) for result in results if result.found for d in result.found[:SHOWN_MAX])
+            log.warning("drift", names=few(drifted), cause=cause, found=found[:LINE_MAX])
+        failpoints.reach("engine.drift.before")
+        await self._append(drafts)
+        failpoints.reach("engine.drift.after")
+        if not due:
+            return
         begun = time.monotonic_ns()
         chosen = [result.wanted for result in due]
-        mended: list[Result] = await self._apply(lambda: converge(self._hands, chosen)) if chosen else []
+        # What was just looked at is not looked at again: each change is checked at its last moment, and verified.
+        seen = {result.wanted.id: result.sight for result in due}
+        mended: list[Result] = await self._apply(lambda: converge(self._hands, chosen, seen))
         took_us = (time.monotonic_ns() - begun) // 1000
-        drafts: list[ev.Draft] = []
-        for found, result in zip(due, mended, strict=True):
-            drafts += self._mended(found, result, took_us, summary)
-        stored = self._store(mended)
-        await self._append(drafts)
-        await stored
+        drafts = []
+        for found_first, result in zip(due, mended, strict=True):
+            drafts += self._mended(found_first, result, took_us, summary)
+        done = [result.wanted.name for result in mended if result.error is None]
+        if done:
+            steps = "; ".join(str(step) for result in mended for step in result.steps[:SHOWN_MAX])
+            log.info("repaired", names=few(done), steps=steps[:LINE_MAX])
+        failpoints.reach("engine.mended.before")
+        await self._append(drafts, self._counting.job(self._counting.let_go(mended)))
+        failpoints.reach("engine.mended.after")
+
+    def _agreed(self, wanted: Wanted, now: float) -> list[ev.Draft]:
+        """What to record of an interface that is as wanted: that a trouble is over."""
+        if wanted.id not in self.troubles:
+            return []
+        over, quiet_s = self.troubles.agreed(wanted.id, now)
+        stream, drafts = ev.interface_stream(wanted.id), list[ev.Draft]()
+        if over:
+            drafts.append(self._draft(stream, ev.DriftEnded(interface_id=wanted.id, name=wanted.name)))
+        if quiet_s:
+            log.info("contested no more", name=wanted.name, quiet_s=quiet_s)
+            ended = ev.ContestEnded(interface_id=wanted.id, name=wanted.name, quiet_s=quiet_s)
+            drafts.append(self._draft(stream, ended))
+        return drafts
 
     def _drift(self, result: Result, cause: str) -> ev.Draft:
-        log.warning("drift", name=result.wanted.name, cause=cause, found="; ".join(map(str, result.found)))
         body = ev.DriftDetected(
             interface_id=result.wanted.id,
             name=result.wanted.name,
@@ -779,14 +824,25 @@ class Engine:
         wanted, stream = result.wanted, ev.interface_stream(result.wanted.id)
         body: ev.Event
         if result.error is None:
-            self.troubles.pop(wanted.id, None)
             steps = [str(step) for step in result.steps]
             (summary.recreated if found.link is None else summary.repaired).append(wanted.name)
             if wanted.spec is not None and wanted.spec.processing.running and _starts(result):
                 summary.processing_resumed.append(wanted.name)
-            log.info("repaired", name=wanted.name, steps="; ".join(steps))
             body = ev.DriftRepaired(interface_id=wanted.id, name=wanted.name, steps=steps, took_us=took_us)
-            return [self._draft(stream, body)]
+            drafts = [self._draft(stream, body)]
+            others = tuple(d for d in found.found if not d.path.endswith(".processing.running"))
+            repairs = self.troubles.repaired(wanted.id, others, time.monotonic(), self._clock.now())
+            if repairs:
+                log.warning("contested: repairs slow down", name=wanted.name, found="; ".join(map(str, others)))
+                contested = ev.InterfaceContested(
+                    interface_id=wanted.id,
+                    name=wanted.name,
+                    repairs=repairs,
+                    within_s=round(CONTEST_WITHIN_S),
+                    differences=[difference.to_json() for difference in others],
+                )
+                drafts.append(self._draft(stream, contested))
+            return drafts
         summary.failed.append(wanted.name)
         if not self._note_trouble(wanted.id, result.error):
             return []
@@ -800,11 +856,6 @@ class Engine:
         )
         return [self._draft(stream, body)]
 
-    def _forget_troubles(self) -> None:
-        """Nobody waits for the repair of what is not declared any more."""
-        for interface_id in [i for i in self.troubles if i not in self.state.interfaces]:
-            del self.troubles[interface_id]
-
     def complain(self, what: str) -> None:
         """Have something that must not happen said by `health` from now on."""
         log.error(what)
@@ -812,50 +863,66 @@ class Engine:
 
     def _note_trouble(self, interface_id: InterfaceId, error: TunledgerError) -> bool:
         """Remember a failure and when to try again; whether it is another one than last time."""
-        known = self.troubles.get(interface_id)
-        attempts = known.attempts + 1 if known is not None else 1
-        delay_s = min(BACK_OFF_MAX_S, BACK_OFF_FIRST_S * 2 ** (attempts - 1))
-        since = known.since if known is not None else self._clock.now()
-        self.troubles[interface_id] = Trouble(
-            error.message, error.code.value, since, attempts, time.monotonic() + delay_s
-        )
-        return known is None or known.message != error.message
+        return self.troubles.failed(interface_id, error, time.monotonic(), self._clock.now())
 
-    async def _remove_orphans(self, summary: Summary) -> None:
-        """Links that carry our token and that nothing declares: what a crash or an older state left behind."""
-        observed = await self._apply(self._hands.kernel.observe)
-        orphans = [
-            link for interface_id, link in observed.by_interface(self.node).items() if not self._declared(interface_id)
-        ]
+    async def _remove_orphans(self, observed: Observed, summary: Summary) -> bool:
+        """Remove links that carry our token and that nothing declares: what a crash or an older state left behind.
+
+        Returns:
+            Whether there were any.
+        """
+        orphans, unheard = await self._undeclared(observed)
+        said = {link.name: f"{link.name} carries our token, but the log has never heard of it" for link in unheard}
+        for name in said.keys() - self._unheard.keys():
+            log.warning("a link carries our token, and the log has never heard of it: left alone", name=name)
+        self._unheard = said
         if not orphans:
-            return
-        drafts = []
+            return False
+        failpoints.reach("engine.orphans.before")
+        removed: list[ObservedLink] = []
         for link, error in await self._apply(lambda: remove_orphans(self._hands, orphans)):
             if error is not None:
                 log.error("an orphan could not be removed", name=link.name, error=error.message)
                 summary.failed.append(link.name)
-                continue
-            log.info("orphan removed", name=link.name, ifindex=link.ifindex)
-            summary.orphans_removed.append(link.name)
+            else:
+                removed.append(link)
+        names: list[str] = [link.name for link in removed]
+        log.info("orphans removed", names=few(names))
+        summary.orphans_removed += names
+        failpoints.reach("engine.orphans.removed")
+        drafts = []
+        for link in removed:
             assert link.token is not None
             body = ev.OrphanRemoved(interface_id=link.token.interface_id, name=link.name, ifindex=link.ifindex)
             drafts.append(self._draft(ev.interface_stream(link.token.interface_id), body))
         await self._append(drafts)
+        failpoints.reach("engine.orphans.after")
+        return True
 
-    def _declared(self, interface_id: InterfaceId) -> bool:
-        return interface_id in self.state.interfaces
+    async def _undeclared(self, observed: Observed) -> tuple[list[ObservedLink], list[ObservedLink]]:
+        """Links with our token that nothing declares now: orphans, which the log once declared, and those that it has
+        never heard of. A create is in the log before the kernel acts: the latter say that the log lost its end, or that
+        somebody wrote our mark on a link of his own. They are not ours to remove.
+        """
+        bearers = observed.by_interface(self.node)
+        suspects = {each: link for each, link in bearers.items() if each not in self.state.interfaces}
+        if not suspects:
+            return [], []
+        known = await asyncio.to_thread(self._knows, list(suspects))  # after the look: a new one is in the log by now
+        orphans = [link for each, link in suspects.items() if each in known and each not in self.state.interfaces]
+        return orphans, [link for each, link in suspects.items() if each not in known]
 
     def next_retry_s(self) -> float | None:
         """Seconds until the next repair that failed is due again; None if there is none."""
-        if self._frozen is not None:
-            return None
-        due = [trouble.next_try for trouble in self.troubles.values()]
-        return max(0.0, min(due) - time.monotonic()) if due else None
+        due = self.troubles.next_try() if self._frozen is None else None
+        return max(0.0, due - time.monotonic()) if due is not None else None
 
     def retry_in_s(self, interface_id: InterfaceId) -> float | None:
-        """Seconds until a failed repair of this interface is tried again; None if none failed."""
+        """Seconds until a repair of this interface is tried again; None if none is to be."""
         trouble = self.troubles.get(interface_id)
-        return max(0.0, trouble.next_try - time.monotonic()) if trouble is not None else None
+        if trouble is None or trouble.next_try == float("inf"):
+            return None
+        return max(0.0, trouble.next_try - time.monotonic())
 
     # -- workers
 
@@ -871,15 +938,17 @@ class Engine:
         lost = frozenset(reading.interface_id for reading in last)
         names: list[str] = sorted(i.name for i in self.state.interfaces.values() if i.id in lost)
         log.error("a packet worker died", worker=worker, pid=pid, status=status, devices=names)
+        failpoints.reach("engine.worker_exit.before")
         try:
             body = ev.WorkerExited(worker=worker, pid=pid, status=status, devices=names)
-            stored = self._keep([self.book.take(reading) for reading in last])
-            await self._append([self._draft(ev.node_stream(self.node), body)])
-            await stored
+            counted = self._counting.job([self._counting.book.take(reading) for reading in last])
+            await self._append([self._draft(ev.node_stream(self.node), body)], counted)
+            failpoints.reach("engine.worker_exit.recorded")
             await self.reconcile(cause="worker_exit", only=lost)
+            failpoints.reach("engine.worker_exit.after")
         except TunledgerError as error:
             log.error("could not recover from a worker's death yet", error=error.message)
-        self.wake.set()
+        self.look_again()
 
     # -- counters
 
@@ -892,59 +961,15 @@ class Engine:
         Raises:
             TunledgerError: the kernel's or the log's refusal.
         """
-        async with self._sampling:
-            if self._frozen is not None or time.monotonic() - self._sampled < at_most_every_s:
-                return
-            links: list[ObservedLink] = await self._apply(self._hands.kernel.sample)
-            names = {i.id: i.name for i in self.state.interfaces.values()}
-            readings = [
-                self.book.take(kernel_reading(link.token.interface_id, self._boot_id, link.ifindex, link.counters))
-                for link in one_each(links, self.node, names)
-                if link.token is not None
-            ]
-            for device, figures in self._hands.dataplane.counters().items():
-                reading = worker_reading(InterfaceId(device), figures.session, figures.from_kernel, figures.to_kernel)
-                if self._declared(reading.interface_id):
-                    readings.append(self.book.take(reading))
-            await self._keep(readings)
-            old = self._clock.before(answers.KEPT.total_seconds())
-            # One after the other, so that a command that comes meanwhile waits for one bite at most.
-            for bite in (*self._keeper.tend(self._clock.now()), answers.thin(old)):
-                await asyncio.wrap_future(self._writer.run(bite))
-            self._sampled = time.monotonic()
+        if self._frozen is None:
+            await self._counting.sample(self._names, at_most_every_s=at_most_every_s)
+
+    def _names(self) -> dict[InterfaceId, str]:
+        return {i.id: i.name for i in self.state.interfaces.values()}
 
     def totals(self, interface_id: InterfaceId) -> dict[str, dict[str, int]]:
         """Lifetime totals by source, as of the last sample."""
-        return {source.value: self.book.totals(interface_id, source) for source in Source}
-
-    def _store(self, results: Sequence[Result]) -> "asyncio.Future[None]":
-        """Keep the last figures of links and devices that converging let go of."""
-        return self._keep(self._last_readings(results))
-
-    def _last_readings(self, results: Sequence[Result]) -> list[Reading]:
-        readings: list[Reading] = []
-        for result in results:
-            if result.last_link is not None:
-                link = result.last_link
-                readings.append(kernel_reading(result.wanted.id, self._boot_id, link.ifindex, link.counters))
-            if result.last_figures is not None:
-                last = result.last_figures
-                readings.append(worker_reading(result.wanted.id, last.session, last.from_kernel, last.to_kernel))
-        return [self.book.take(reading) for reading in readings]
-
-    def _job_of(self, readings: Sequence[Reading]) -> Job | None:
-        if not readings:
-            return None
-        totals = {interface_id: self.totals(interface_id) for interface_id in {r.interface_id for r in readings}}
-        return self._keeper.store(readings, totals, self._clock.now())
-
-    def _keep(self, readings: Sequence[Reading]) -> "asyncio.Future[None]":
-        job = self._job_of(readings)
-        if job is None:
-            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            done.set_result(None)
-            return done
-        return asyncio.wrap_future(self._writer.run(job))
+        return self._counting.totals(interface_id)
 
     # -- looking
 
@@ -976,18 +1001,22 @@ class Engine:
         """The link of one interface as it is now, and whether a worker reads it."""
         wanted = self._wanted(interface.id, interface.name, interface.wanted)
         observed = await self._apply(lambda: self._hands.kernel.observe([interface.name]))
-        sight = sights([wanted], observed, self._hands.dataplane.attached())[interface.id]
+        sight = sights([wanted], observed, self._hands.dataplane.attached(), self._hands.monitor)[interface.id]
         return sight.link, sight.attached
 
     def health(self) -> list[str]:
         """What is wrong, in words; empty when commands can be taken."""
         found = []
         if self._frozen is not None:
-            found.append(f"read-only: {self._frozen}")
+            found.append(f"read-only: {self._frozen.message}")
         trouble = self._writer.trouble()
         if trouble is not None:
             found.append(f"the log cannot be written: {trouble}")
         found += self._complaints
+        found += self._unheard.values()
+        deaf = self._hands.monitor.trouble()
+        if deaf is not None:
+            found.append(deaf)
         found += self._hands.dataplane.healthy()
         if self._closing:
             found.append("the service is stopping")
@@ -1004,28 +1033,35 @@ class Engine:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._frozen is not None:
             return
+        failpoints.reach("engine.stop.before")
         try:
             await self.sample()
+        except TunledgerError as error:
+            log.error("the last counters could not be stored", error=error.message)
+        failpoints.reach("engine.stop.sampled")
+        try:
             stopped = ev.ServiceStopped(pid=pid, reason=reason, interfaces=interfaces)
             await self._append([self._draft(ev.node_stream(self.node), stopped)])
         except TunledgerError as error:
             # What the log cannot say must not be done: the interfaces stay.
             log.error("the stop could not be recorded; interfaces are kept", error=error.message)
             return
+        failpoints.reach("engine.stop.recorded")
         settled = [i for i in self.state.interfaces.values() if i.pending is None and i.spec is not None]
         wanted = [self._wanted(i.id, i.name, _at_rest(i.spec, interfaces)) for i in settled]
         if not wanted:
             return
         try:
             results: list[Result] = await self._apply(lambda: converge(self._hands, wanted))
-            await self._store(results)
+            await self._append([], self._counting.job(self._counting.let_go(results)))
         except TunledgerError as error:
             log.error("could not clean up", error=error.message)
             return
         for result in results:
             if result.error is not None:
                 log.error("could not clean up", name=result.wanted.name, error=result.error.message)
-        log.info("stopped", reason=reason, interfaces=interfaces, names=[w.name for w in wanted])
+        failpoints.reach("engine.stop.after")
+        log.info("stopped", reason=reason, interfaces=interfaces, names=few([w.name for w in wanted]))
 
     # -- housekeeping
 
@@ -1038,6 +1074,10 @@ class Engine:
     def _busy(self, name: str) -> bool:
         lock = self._locks.get(name)
         return lock is not None and lock.locked()
+
+    def _is_busy(self, interface_id: InterfaceId) -> bool:
+        interface = self.state.interfaces.get(interface_id)
+        return interface is not None and self._busy(interface.name)
 
     @asynccontextmanager
     async def _locked(self, keys: Sequence[str]) -> AsyncIterator[None]:
@@ -1054,6 +1094,8 @@ class Engine:
                 lock.release()
                 if not lock.locked() and not _awaited(lock):
                     self._locks.pop(key, None)
+            if held and self._later:
+                self.wake.set()  # somebody changed what was under way
 
 
 def _awaited(lock: asyncio.Lock) -> bool:
@@ -1065,6 +1107,21 @@ def _at_rest(spec: InterfaceSpec | None, interfaces: str) -> InterfaceSpec | Non
     if interfaces == "remove" or spec is None:
         return None
     return msgspec.structs.replace(spec, processing=Processing(running=False))
+
+
+def _own_part(result: Result, *, starting: bool, asked: bool) -> Result | None:
+    """What of the drift is to be mended: all of it; or, where drift is only to be reported, what our own workers are
+    to do, if that is all; else None.
+    """
+    wanted, link = result.wanted, result.link
+    if wanted.spec is None or wanted.spec.drift is not Drift.REPORT or asked or (starting and link is None):
+        return result
+    if link is None:
+        return None
+    left = replace(wanted, spec=leave_be(wanted.spec, link))
+    found = differences(wanted.token, wanted.name, left.spec, result.sight)
+    ours = tuple(d for d in found if d.path == f"{wanted.name}.processing.running")
+    return replace(result, wanted=left, found=found) if found and ours == found else None
 
 
 def _starts(result: Result) -> bool:
@@ -1122,20 +1179,3 @@ def _may_overlap(command: cmd.Command) -> bool:
             return False
         case _:
             assert_never(command)
-
-
-def _key_reused(key: str) -> TunledgerError:
-    return TunledgerError(
-        ErrorCode.KEY_REUSED, f"Idempotency-Key: {key} came with another request before; a key is for one request"
-    )
-
-
-# Refusals that say nothing of the request itself: a repetition under the same key is a new attempt.
-_NOT_SETTLED = {
-    ErrorCode.OVERLOADED,
-    ErrorCode.SHUTTING_DOWN,
-    ErrorCode.LOG_FULL,
-    ErrorCode.LOG_UNAVAILABLE,
-    ErrorCode.OUTCOME_UNKNOWN,
-    ErrorCode.VERSION_CONFLICT,
-}

@@ -1,12 +1,13 @@
-"""What converging needs of the kernel and of the data plane, as two small protocols, and the pair of them.
+"""What converging needs of the kernel, of its monitor and of the data plane, as small protocols, and all together.
 
 Two kernels fit here (netlink and the fake one). Both are blocking and belong to the applier's thread.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from service.domain.errors import TunledgerError
 from service.domain.observed import Host, Observed, ObservedLink
 from service.domain.steps import StartProcessing, Step
 from service.domain.token import Token
@@ -23,12 +24,19 @@ class Kernel(Protocol):
         """All TUN and TAP links with their counters; addresses may be missing."""
         ...
 
-    def survey(self, name: str, node: str, *, networks: bool) -> Host:
-        """Who else holds a name, and which networks others use."""
+    def survey(self, names: Collection[str], node: str, *, networks: bool) -> Host:
+        """Who else holds these names, and which networks others use."""
         ...
 
     def execute(self, token: Token, steps: Sequence[Step]) -> None:
-        """Carry out steps on the interface with this token until one fails."""
+        """Carry out the steps of one interface, in order, until one fails."""
+        ...
+
+    def execute_many(self, work: Sequence[tuple[Token, Sequence[Step]]]) -> list[TunledgerError | None]:
+        """Carry out the steps of many interfaces, each in its order until one fails; one that fails, fails alone.
+
+        The results are in the order of `work`: None where all steps were done.
+        """
         ...
 
     def open_device(self, step: StartProcessing, token: Token) -> int:
@@ -38,6 +46,85 @@ class Kernel(Protocol):
     def close(self) -> None:
         """Let go of all resources."""
         ...
+
+
+class News(Protocol):
+    """What may have changed on the host since it was last asked for."""
+
+    @property
+    def changed(self) -> Mapping[int, Token]: ...
+    @property
+    def gone(self) -> Mapping[int, Token]: ...
+    @property
+    def moved(self) -> Mapping[int, str]: ...
+    @property
+    def names(self) -> frozenset[str]: ...
+    @property
+    def lost(self) -> bool: ...
+
+
+class Monitor(Protocol):
+    """Hears of changes that others make to links, and vouches for links that it watched without a break."""
+
+    def drain(self) -> int:
+        """Hear all that is queued. To be called before a look; the mark it gives is for `settled`."""
+        ...
+
+    def settled(self, mark: int, links: Iterable[ObservedLink], gone: Collection[int] = ()) -> None:
+        """A look that began after `mark` saw these links to be ours and as wanted, and these ifindexes gone."""
+        ...
+
+    def holder(self, token: Token) -> int | None:
+        """The ifindex of the link that was seen with this token, and is the same device still; None if none is."""
+        ...
+
+    def watching(self) -> int:
+        """How many links are watched."""
+        ...
+
+    def take(self) -> News:
+        """What was heard and is not settled; it is news no longer then."""
+        ...
+
+    def trouble(self) -> str | None:
+        """Why changes may go unheard, in words, or None."""
+        ...
+
+
+class _NoNews:
+    changed: Mapping[int, Token] = {}
+    gone: Mapping[int, Token] = {}
+    moved: Mapping[int, str] = {}
+    names: frozenset[str] = frozenset()
+    lost = False
+
+
+class NoMonitor:
+    """Hears nothing: what others change is found by looking now and then."""
+
+    def drain(self) -> int:
+        """Nothing is heard."""
+        return 0
+
+    def settled(self, mark: int, links: Iterable[ObservedLink], gone: Collection[int] = ()) -> None:
+        """Nothing is remembered."""
+
+    def holder(self, token: Token) -> int | None:
+        """Nothing is vouched for."""
+        del token
+        return None
+
+    def watching(self) -> int:
+        """Nothing is watched."""
+        return 0
+
+    def take(self) -> News:
+        """No news."""
+        return _NoNews()
+
+    def trouble(self) -> str | None:
+        """Its deafness is meant."""
+        return None
 
 
 class Figures(Protocol):
@@ -81,3 +168,4 @@ class Hands:
 
     kernel: Kernel
     dataplane: DataPlane
+    monitor: Monitor = field(default_factory=NoMonitor)

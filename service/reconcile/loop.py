@@ -1,42 +1,51 @@
 """The loop that keeps the host agreed with the log: look now and then, and when something says that it changed.
 
-Level-triggered: what woke it is never believed, everything is looked at again.
+Level-triggered: what woke it is never believed, what may have changed is looked at again. Everything is looked at
+every interval all the same, should the monitor have missed what it cannot see.
 """
 
 import asyncio
+import time
 
 import structlog
 
+from service import failpoints
 from service.domain.errors import TunledgerError
 from service.reconcile.engine import Engine
 
-LEAST_S = 0.05  # between two turns, whatever is due: a mistake must cost no processor
+LEAST_S = 0.005  # between two turns, whatever is due: a mistake must cost no processor
 
 log = structlog.get_logger("tunledger.loop")
 
 
 async def keep_reconciled(engine: Engine, interval_s: float) -> None:
-    """Reconcile when woken, when a failed repair or an unconfirmed change is due, and every `interval_s`.
+    """Mend when woken, when a failed repair or an unconfirmed change is due, and look at all every `interval_s`.
 
     Runs until cancelled.
     """
+    everything_at = time.monotonic() + interval_s
     while True:
-        due = [interval_s, engine.next_retry_s(), engine.next_deadline_s()]
-        await _wait(engine.wake, max(LEAST_S, min(seconds for seconds in due if seconds is not None)))
+        due = [everything_at - time.monotonic(), engine.next_retry_s(), engine.next_deadline_s()]
+        await asyncio.sleep(LEAST_S)
+        await _wait(engine.wake, max(0.0, min(seconds for seconds in due if seconds is not None) - LEAST_S))
         engine.wake.clear()
+        failpoints.reach("loop.woken")
+        everything = time.monotonic() >= everything_at
+        if everything:
+            everything_at = time.monotonic() + interval_s
         try:
-            await engine.take_back_overdue()
-            await engine.reconcile()
+            await engine.work(everything=everything)
         except TunledgerError as error:
             log.warning("could not reconcile; it is tried again", error=error.message)
             await asyncio.sleep(min(1.0, interval_s))
-            engine.wake.set()
+            engine.look_again()
 
 
 async def keep_counted(engine: Engine, interval_s: float) -> None:
     """Store a sample of all counters every `interval_s`. Runs until cancelled."""
     while True:
         await asyncio.sleep(interval_s)
+        failpoints.reach("loop.counting")
         try:
             await engine.sample()
         except TunledgerError as error:

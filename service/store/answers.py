@@ -13,6 +13,7 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
+from service import failpoints
 from service.store import schema
 from service.store.database import open_reader, unreadable
 from service.store.writer import Job
@@ -46,6 +47,7 @@ def opened(actor: str, key: str, fingerprint: str, command_id: str, now: str) ->
     """The statement that goes with the intent."""
 
     def write(connection: sa.Connection) -> None:
+        failpoints.reach("store.answer.open", fails=True)
         connection.execute(
             insert(schema.answers)
             .values(actor=actor, key=key, fingerprint=fingerprint, command_id=command_id, recorded_at=now)
@@ -65,6 +67,7 @@ def closed(actor: str, key: str, fingerprint: str, command_id: str, now: str, re
     """
 
     def write(connection: sa.Connection) -> None:
+        failpoints.reach("store.answer.close", fails=True)
         statement = sa.text(
             "INSERT INTO answers (actor, key, fingerprint, command_id, recorded_at, status, body, headers, media_type) "
             "VALUES (:actor, :key, :fingerprint, :command_id, :now, :status, :body, :headers, :media_type) "
@@ -93,6 +96,7 @@ def thin(before: str) -> Job:
     """The statement that forgets a bite of old keys; those without an answer stay."""
 
     def write(connection: sa.Connection) -> None:
+        failpoints.reach("store.answer.thin", fails=True)
         connection.execute(
             sa.text(
                 "DELETE FROM answers WHERE (actor, key) IN (SELECT actor, key FROM answers "

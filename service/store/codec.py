@@ -20,8 +20,8 @@ GENESIS = "0" * 64  # the previous hash of the first event
 
 # Type name -> (schema version written today, class).
 TYPES: Final[Mapping[str, tuple[int, type[ev.Event]]]] = {
-    "InterfaceDeclared": (1, ev.InterfaceDeclared),
-    "InterfaceReconfigured": (1, ev.InterfaceReconfigured),
+    "InterfaceDeclared": (2, ev.InterfaceDeclared),
+    "InterfaceReconfigured": (2, ev.InterfaceReconfigured),
     "ProcessingEnabled": (1, ev.ProcessingEnabled),
     "ProcessingDisabled": (1, ev.ProcessingDisabled),
     "InterfaceRetired": (1, ev.InterfaceRetired),
@@ -31,6 +31,9 @@ TYPES: Final[Mapping[str, tuple[int, type[ev.Event]]]] = {
     "DriftDetected": (1, ev.DriftDetected),
     "DriftRepaired": (1, ev.DriftRepaired),
     "RepairFailed": (1, ev.RepairFailed),
+    "DriftEnded": (1, ev.DriftEnded),
+    "InterfaceContested": (1, ev.InterfaceContested),
+    "ContestEnded": (1, ev.ContestEnded),
     "OrphanRemoved": (1, ev.OrphanRemoved),
     "WorkerExited": (1, ev.WorkerExited),
     "ServiceStarted": (1, ev.ServiceStarted),
@@ -39,8 +42,17 @@ TYPES: Final[Mapping[str, tuple[int, type[ev.Event]]]] = {
     "CommandRejected": (1, ev.CommandRejected),
 }
 
-# (type name, schema version) -> payload of that version to payload of the next. None needed yet.
-UPCASTERS: Final[Mapping[tuple[str, int], Callable[[dict[str, Any]], dict[str, Any]]]] = {}
+
+def _drift_repaired(payload: dict[str, Any]) -> dict[str, Any]:
+    """Before specs said what to do about drift, it was always repaired."""
+    return payload | {"spec": payload["spec"] | {"drift": "repair"}}
+
+
+# (type name, schema version) -> payload of that version to payload of the next.
+UPCASTERS: Final[Mapping[tuple[str, int], Callable[[dict[str, Any]], dict[str, Any]]]] = {
+    ("InterfaceDeclared", 1): _drift_repaired,
+    ("InterfaceReconfigured", 1): _drift_repaired,
+}
 
 
 def _encode_value(value: object) -> object:

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
+from service import failpoints
 from service.domain.counters import Book, Reading, Source
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.series import (
@@ -195,6 +196,7 @@ class CounterKeeper:
         now: str,
         connection: sa.Connection,
     ) -> None:
+        failpoints.reach("store.sample.before", fails=True)
         progress = connection.exec_driver_sql("SELECT sequence, last_at, minutes_at FROM counter_progress").one()
         if progress.sequence != self._sequence:  # the first one, or what was remembered was not written
             self._last.clear()
@@ -215,6 +217,7 @@ class CounterKeeper:
             "UPDATE counter_progress SET sequence = ?, last_at = ?",
             (self._sequence, rows[0][0] if rows else progress.last_at),
         )
+        failpoints.reach("store.sample.after", fails=True)
 
     def _rows(
         self,
@@ -247,6 +250,7 @@ class CounterKeeper:
 
     def _roll_up(self, source: Tier, target: Tier, now: int, connection: sa.Connection) -> None:
         """Take the next rows over into the coarser tier: whole buckets, or some interfaces of one."""
+        failpoints.reach(f"store.roll_up.{target.name.lower()}", fails=True)
         name = target.name.lower()
         found = connection.exec_driver_sql(
             f"SELECT {name}_at, {name}_interface, minutes_at FROM counter_progress"
@@ -301,6 +305,7 @@ class CounterKeeper:
 
     def _thin(self, now: int, connection: sa.Connection) -> None:
         """Cut off a bite of what is too old; samples and minutes only once they are taken over."""
+        failpoints.reach("store.thin.before", fails=True)
         found = connection.exec_driver_sql(
             "SELECT minutes_at, hours_at, raw_thinned, minutes_thinned FROM counter_progress"
         ).one()
@@ -318,6 +323,7 @@ class CounterKeeper:
             else:
                 connection.exec_driver_sql(_CUT_BITE[tier], tuple(key))
         self._sampled = 0
+        failpoints.reach("store.thin.after", fails=True)
 
 
 @dataclass(frozen=True, slots=True)

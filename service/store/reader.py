@@ -9,7 +9,7 @@ import hashlib
 import ipaddress
 import socket
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -206,6 +206,24 @@ class LogReader:
         names = schema.interface_names.c
         query = sa.select(names.interface_id).where(names.name == name).order_by(names.position)
         return [InterfaceId(row[0]) for row in self.tuples(query)]
+
+    def declared(self, ids: Collection[str]) -> set[InterfaceId]:
+        """Which of these ids the log has ever declared, whatever became of them since.
+
+        An interface is in the log before it is on the host. One on the host with our token that is not among them
+        shows that the log lost its end, or is an older copy.
+        """
+        found: set[InterfaceId] = set()
+        wanted = list(ids)
+        for start in range(0, len(wanted), PAGE):
+            streams = [ev.interface_stream(InterfaceId(each)) for each in wanted[start : start + PAGE]]
+            # By the events themselves: the index of names is derived from them. A stream begins with its declaration.
+            query = sa.select(_events.stream).where(
+                _events.stream.in_(streams), _events.version == 1, _unindexed(_events.type) == "InterfaceDeclared"
+            )
+            prefix = len(ev.interface_stream(InterfaceId("")))
+            found.update(InterfaceId(row[0][prefix:]) for row in self.tuples(query))
+        return found
 
     def history(
         self, name: str | None, *, limit: int, interface_id: str | None = None, before: int | None = None

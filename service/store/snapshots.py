@@ -25,6 +25,7 @@ from typing import Any, Final
 import msgspec
 import sqlalchemy as sa
 
+from service import failpoints
 from service.domain import commands, events, spec, state, values
 from service.domain import events as ev
 from service.domain.errors import TunledgerError
@@ -45,10 +46,11 @@ _snapshots = schema.snapshots.c
 
 
 class Trouble(msgspec.Struct, frozen=True):
-    """Why an interface was degraded, as the log tells, and since when (UTC)."""
+    """Why an interface was degraded, as the log tells, and since when (UTC). A contested one is so between repairs."""
 
     reason: str
     since: str
+    contested: bool = False
 
 
 _TELLING: Final = {
@@ -57,6 +59,9 @@ _TELLING: Final = {
     ev.DriftDetected,
     ev.DriftRepaired,
     ev.RepairFailed,
+    ev.DriftEnded,
+    ev.InterfaceContested,
+    ev.ContestEnded,
     ev.StartupReconciled,
 }
 
@@ -84,7 +89,12 @@ class Past:
                 self._note(event, body.interface_id, body.message)
             case ev.CommandFailed() if not body.undone:
                 self._note(event, body.interface_id, f"a failed command could not be undone: {body.message}")
-            case ev.CommandApplied() | ev.CommandFailed() | ev.DriftRepaired():
+            case ev.InterfaceContested():
+                reason = f"contested: {body.repairs} repairs in {body.within_s} s"
+                self._note(event, body.interface_id, reason, contested=True)
+            case ev.DriftRepaired() if self._is_contested(body.interface_id):
+                pass  # it will not hold
+            case ev.CommandApplied() | ev.CommandFailed() | ev.DriftRepaired() | ev.DriftEnded() | ev.ContestEnded():
                 self.troubles.pop(body.interface_id, None)
             case ev.StartupReconciled():
                 for name in (*body.adopted, *body.repaired, *body.recreated):
@@ -103,12 +113,17 @@ class Past:
             return {"state": "degraded", "reason": trouble.reason, "since": trouble.since}
         return {"state": "applied", "reason": None, "since": None}
 
-    def _note(self, event: ev.Recorded, interface_id: InterfaceId, reason: str) -> None:
+    def _is_contested(self, interface_id: InterfaceId) -> bool:
+        trouble = self.troubles.get(interface_id)
+        return trouble is not None and trouble.contested
+
+    def _note(self, event: ev.Recorded, interface_id: InterfaceId, reason: str, *, contested: bool = False) -> None:
         if interface_id not in self.state.interfaces:  # its first command failed: it is gone
             self.troubles.pop(interface_id, None)
             return
         known = self.troubles.get(interface_id)
-        self.troubles[interface_id] = Trouble(reason, known.since if known is not None else event.recorded_at)
+        since, before = (known.since, known.contested) if known is not None else (event.recorded_at, False)
+        self.troubles[interface_id] = Trouble(reason, since, contested or before)
 
 
 # -- to bytes and back
@@ -319,8 +334,10 @@ def storing(position: int, head: str, content: bytes, doomed: Sequence[int]) -> 
     gone = [{"place": place} for place in {*doomed, position}]
 
     def write(connection: sa.Connection) -> None:
+        failpoints.reach("store.snapshot.before", fails=True)
         connection.execute(sa.delete(schema.snapshots).where(_snapshots.position == sa.bindparam("place")), gone)
         connection.execute(schema.snapshots.insert(), [row])
+        failpoints.reach("store.snapshot.after", fails=True)
 
     return write
 

@@ -23,6 +23,7 @@ from service.api.orders import Orders
 from service.api.read import LogView
 from service.api.render import render
 from service.domain import events as ev
+from service.domain.errors import TunledgerError
 from service.domain.values import NodeId
 from service.kernel.fake import FakeKernel
 from service.reconcile.applier import Applier
@@ -120,7 +121,12 @@ class Running:
     """
 
     def __init__(
-        self, path: Path, *, frozen: str | None = None, owner_of: OwnerOf = lambda _client, _server: 0, own_uid: int = 0
+        self,
+        path: Path,
+        *,
+        frozen: TunledgerError | None = None,
+        owner_of: OwnerOf = lambda _client, _server: 0,
+        own_uid: int = 0,
     ) -> None:
         self.path = path
         self.kernel, self.readers, self.clock = FakeKernel(), Readers(), Clock()
@@ -155,6 +161,7 @@ class Running:
             boot_id="boot",
             render=render,
             recall=self.answers.find,
+            knows=self.reader.declared,
             frozen=self._frozen,
         )
         if self._frozen is None:

@@ -491,7 +491,9 @@ def lived(path: Path) -> Path:
 @pytest.mark.parametrize("call", WRITES, ids=lambda call: call[1].rsplit("/", 1)[1])
 def test_read_only_refuses_writes_and_says_why(lived: Path, call: tuple[str, str]) -> None:
     before = lived.read_bytes()
-    with Running(lived, frozen="the log does not verify: position 3: was changed") as api:
+    with Running(
+        lived, frozen=TunledgerError(ErrorCode.LOG_CORRUPT, "the log does not verify: position 3: was changed")
+    ) as api:
         error = _refused(api, call, 503)
         assert error == "read-only: the log does not verify: position 3: was changed"
         _refused(api, CREATE, 400, b"{")
@@ -501,7 +503,7 @@ def test_read_only_refuses_writes_and_says_why(lived: Path, call: tuple[str, str
 
 
 def test_read_only_serves_reads_and_is_unhealthy(lived: Path) -> None:
-    with Running(lived, frozen="no trust") as api:
+    with Running(lived, frozen=TunledgerError(ErrorCode.LOG_CORRUPT, "no trust")) as api:
         health = api.call("GET", "/health")
         assert (health.status_code, health.json()["error"]) == (503, "read-only: no trust")
         for path in (

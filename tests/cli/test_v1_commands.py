@@ -86,6 +86,7 @@ def test_create_show_list_and_delete(run: Run) -> None:
         "multi_queue": False,
         "mac": "02:00:00:00:20:01",
         "processing": {"running": False},
+        "drift": "repair",
         "description": "für alle",
         "labels": {"lab": "north", "rack": "7"},
     }

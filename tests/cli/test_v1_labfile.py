@@ -23,6 +23,7 @@ WHOLE = {
     "multi_queue": True,
     "mac": "02:00:00:00:00:01",
     "processing": {"running": True},
+    "drift": "report",
     "description": "where it hangs: über #1",
     "labels": {"lab": "north", "on": "yes", "port": "0800"},
 }

@@ -1,7 +1,8 @@
 """Planning, case by case: each folder in `plans/` is a host, what is desired of it, and the plan.
 
-`desired` is a spec, or a name with `"retired": true`. `observed` has the links (ours but for `"stranger": true`) and
-whether a worker reads the device. `plan` has one step on a line, or `refused: CODE`. Every plan is also carried out on
+`desired` is a spec, or a name with `"retired": true`. `observed` has the links (ours but for `"stranger": true`; one
+with an `"alias"` was ours until that was written over it, and watched all the time) and whether a worker reads the
+device. `plan` has one step on a line, or `refused: CODE`. Every plan is also carried out on
 the fake kernel, where it has to arrive. A new case is a new folder.
 """
 
@@ -20,6 +21,7 @@ from service.domain.token import Token
 from service.domain.values import Address, InterfaceName, Mode
 from service.kernel.fake import FakeKernel
 from service.reconcile.converge import Wanted, sights
+from service.reconcile.hands import NoMonitor
 from tests.domain.builders import addr, interface_id, name, spec, token
 
 PLANS = Path(__file__).parent / "plans"
@@ -28,10 +30,10 @@ OURS = token()
 
 def host_of(observed: dict[str, Any]) -> FakeKernel:
     """A fake host with these links, each made as its maker would."""
-    kernel = FakeKernel()
+    kernel = FakeKernel(vouched=lambda _ifindex: True)
     for number, link in enumerate(observed["links"]):
         mode = None if link["mode"] is None else Mode(link["mode"])
-        called, alias = link["name"], "" if link.get("stranger") else str(OURS)
+        called, alias = link["name"], "" if link.get("stranger") else link.get("alias", str(OURS))
         if link.get("multi_queue"):
             step = st.CreateLink(
                 InterfaceName(called), Token(OURS.node, interface_id(90 + number)), Mode.TUN, True, None, None
@@ -49,6 +51,7 @@ def host_of(observed: dict[str, Any]) -> FakeKernel:
         kernel.outside.set_owner(called, link.get("owner"), link.get("group"))
         for text in link.get("addresses", ()):
             kernel.outside.add_address(called, addr(text))
+        kernel.outside.set_link_group(called, link.get("link_group", 0))
         kernel.outside.set_up(called, link.get("up", False))
         if not link.get("persist", True):
             kernel.outside.hold(called)
@@ -57,9 +60,21 @@ def host_of(observed: dict[str, Any]) -> FakeKernel:
     return kernel
 
 
-def sight_of(kernel: FakeKernel, called: str, *, attached: bool) -> Sight:
+class Watching(NoMonitor):
+    """Vouches for one link."""
+
+    def __init__(self, ifindex: int | None) -> None:
+        self._ifindex = ifindex
+
+    def holder(self, token: Token) -> int | None:
+        assert token == OURS
+        return self._ifindex
+
+
+def sight_of(kernel: FakeKernel, called: str, *, attached: bool, watched: int | None = None) -> Sight:
     devices = frozenset([OURS.interface_id] if attached else [])
-    return sights([Wanted(OURS, InterfaceName(called), None)], kernel.observe(), devices)[OURS.interface_id]
+    wanted = [Wanted(OURS, InterfaceName(called), None)]
+    return sights(wanted, kernel.observe(), devices, Watching(watched))[OURS.interface_id]
 
 
 def carry_out(kernel: FakeKernel, steps: tuple[st.Step, ...], *, attached: bool) -> bool:
@@ -91,7 +106,9 @@ def test_plan(case: str) -> None:
     expected = (PLANS / case / "plan").read_text().splitlines()
     kernel, attached = host_of(observed), observed["attached"]
     called, wanted = name(desired["name"]), None if desired.get("retired") else parse_spec(desired)
-    sight = sight_of(kernel, called, attached=attached)
+    links = kernel.observe().links
+    watched = next((links[link["name"]].ifindex for link in observed["links"] if "alias" in link), None)
+    sight = sight_of(kernel, called, attached=attached, watched=watched)
     try:
         steps = plan(OURS, called, wanted, sight)
     except TunledgerError as refused:
@@ -99,7 +116,7 @@ def test_plan(case: str) -> None:
         return
     assert [str(step) for step in steps] == expected
     assert bool(differences(OURS, called, wanted, sight)) is bool(steps), "no step without a difference, and vice versa"
-    before = strangers(kernel)
+    before = {index: link for index, link in strangers(kernel).items() if index != watched}
     attached = carry_out(kernel, steps, attached=attached)
     after = sight_of(kernel, called, attached=attached)
     assert differences(OURS, called, wanted, after) == ()
@@ -116,6 +133,8 @@ def test_every_kind_of_step_is_planned_in_some_case() -> None:
         st.CreateLink(name(), OURS, Mode.TUN, False, None, None),
         st.DeleteLink("tun0", 1, OURS),
         st.SetName(name(), "elsewhere"),
+        st.SetAlias("tun0", 1, OURS),
+        st.SetLinkGroup(name(), 0),
         st.SetMtu(name(), 1400),
         st.SetTxQueueLen(name(), 1000),
         st.SetMac(name(), "02:00:00:00:00:01"),

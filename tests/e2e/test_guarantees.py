@@ -345,8 +345,7 @@ def test_a_key_whose_command_a_crash_cut_off_gets_the_answer_of_its_recovery(ser
     """Killed right after the intent was durable: the client heard nothing, asks again, and there is one effect."""
     service.start()
     service.kill()
-    # Each commit is two points: the service's start, its reconciliation, and then the intent.
-    service.spawn(TUNLEDGER_TEST_FAILPOINTS="kill:6")
+    service.spawn(TUNLEDGER_TEST_FAILPOINTS="kill@engine.intent.after")
     service.wait_ready()
     with pytest.raises((OSError, http.client.HTTPException)):
         exchange(service, "POST", "/api/v1/interfaces", SPEC, Idempotency_Key="cut")

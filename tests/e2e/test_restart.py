@@ -11,7 +11,7 @@ from service.domain import events as ev
 from service.domain.spec import parse_spec
 from service.domain.steps import CreateLink, DeleteLink, SetMtu, SetName
 from service.domain.token import Token
-from service.domain.values import InterfaceId, InterfaceName, Mode
+from service.domain.values import InterfaceName, Mode
 from service.kernel.linux import LinuxKernel
 from tests.e2e.harness import Service, eventually, links
 from tests.stranger import Stranger
@@ -80,10 +80,10 @@ def test_what_was_changed_meanwhile_is_put_back(service: Service) -> None:
 def test_an_orphan_with_our_token_is_removed_and_others_are_not(service: Service) -> None:
     service.start()
     service.ok("POST", "/api/interface/create")
-    node = declared(service).node
+    orphan = declared(service)
+    service.ok("DELETE", "/api/interface/delete")  # so the log knows of it, and that it is to be gone
     service.kill()
-    unknown = InterfaceId("01900000-0000-7000-8000-000000000000")
-    orphan, other = Token(node, unknown), Token(type(node)("0123456789ab"), unknown)
+    other = Token(type(orphan.node)("0123456789ab"), orphan.interface_id)
     outside(orphan, CreateLink(InterfaceName("orphan0"), orphan, Mode.TUN, False, None, None))
     outside(other, CreateLink(InterfaceName("other0"), other, Mode.TAP, False, None, None))
     with Stranger("eth9") as stranger:

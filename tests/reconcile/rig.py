@@ -14,8 +14,9 @@ from service.domain import events as ev
 from service.domain.spec import parse_spec
 from service.domain.values import CommandId, InterfaceName
 from service.kernel.fake import FakeKernel
+from service.reconcile.answer import Answer
 from service.reconcile.applier import Applier
-from service.reconcile.engine import Answer, Engine
+from service.reconcile.engine import Engine
 from service.reconcile.hands import Figures, Hands
 from service.store import counters
 from service.store.answers import Answers
@@ -110,6 +111,7 @@ async def running(folder: Path, kernel: FakeKernel) -> AsyncIterator[Rig]:
         engine.record(list(events))
 
     writer = LogWriter(path, node, now=CLOCK.now, on_recorded=on_recorded, on_broken=lambda _reason: None)
+    reader = LogReader(path)
     applier, plane, answers = Applier(), CountingDataPlane(), Answers(path)
     engine = Engine(
         node=node,
@@ -122,6 +124,7 @@ async def running(folder: Path, kernel: FakeKernel) -> AsyncIterator[Rig]:
         boot_id=BOOT,
         render=render,
         recall=answers.find,
+        knows=reader.declared,
     )
     writer.start()
     applier.start()
@@ -134,4 +137,5 @@ async def running(folder: Path, kernel: FakeKernel) -> AsyncIterator[Rig]:
         await asyncio.to_thread(applier.close)
         await asyncio.to_thread(writer.close)
         answers.close()
+        reader.close()
         plane.close()

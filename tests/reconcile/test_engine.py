@@ -13,11 +13,14 @@ from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.observed import LinkCounters
 from service.domain.spec import parse_spec
 from service.domain.steps import CreateLink, DeleteLink, SetMtu
-from service.domain.values import InterfaceName, Mode
+from service.domain.token import Token
+from service.domain.values import InterfaceId, InterfaceName, Mode
 from service.kernel.fake import FakeKernel
-from service.reconcile import applier, engine
+from service.reconcile import applier
+from service.reconcile import engine as engine_module
 from service.reconcile.applier import Applier
 from service.reconcile.rejections import Allowance
+from service.reconcile.troubles import BACK_OFF_FIRST_S
 from tests.reconcile.rig import Rig, running
 
 FULL: dict[str, Any] = {
@@ -99,7 +102,7 @@ async def test_what_cannot_be_undone_is_said_and_mended_later(tmp_path: Path) ->
         assert rig.engine.troubles
         await rig.engine.reconcile_now()
         assert kernel.observe(["tun0"]).links["tun0"].mtu == 1500
-        assert rig.engine.troubles == {}
+        assert not rig.engine.troubles
 
 
 async def test_drift_is_one_event_and_its_repair_another_and_then_there_is_peace(tmp_path: Path) -> None:
@@ -126,14 +129,15 @@ async def test_a_repair_that_keeps_failing_is_told_once_and_backed_off(tmp_path:
             await rig.engine.reconcile_now()
         assert len(rig.of(ev.RepairFailed)) == 1
         assert len(rig.of(ev.DriftDetected)) == 1
-        (trouble,) = rig.engine.troubles.values()
+        trouble = rig.engine.troubles.get(rig.engine.state.by_name[InterfaceName("tun0")])
+        assert trouble is not None
         assert trouble.attempts == 3
         calls = kernel.calls["execute"]
         await rig.engine.reconcile()
         assert kernel.calls["execute"] == calls, "it is not due yet"
         delay = rig.engine.next_retry_s()
         assert delay is not None
-        assert delay > engine.BACK_OFF_FIRST_S
+        assert delay > BACK_OFF_FIRST_S
         kernel.heal()
         kernel.fail(TunledgerError(ErrorCode.KERNEL_REFUSED, "another reason"), on=SetMtu)
         await rig.engine.reconcile_now()
@@ -203,7 +207,7 @@ async def test_the_same_name_at_once_is_made_once(tmp_path: Path) -> None:
 async def test_too_many_commands_at_once_are_refused_with_come_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "IN_FLIGHT_MAX", 5)
+    monkeypatch.setattr(engine_module, "IN_FLIGHT_MAX", 5)
     async with running(tmp_path, FakeKernel()) as rig:
         answers = await asyncio.gather(*(rig.declare(f"tun{n}") for n in range(20)), return_exceptions=True)
         refused = [a for a in answers if isinstance(a, TunledgerError)]
@@ -327,7 +331,7 @@ async def test_the_trouble_of_what_is_gone_is_forgotten(tmp_path: Path) -> None:
         kernel.fail(NO_MEMORY, on=DeleteLink)
         with pytest.raises(TunledgerError):
             await rig.declare(mtu=1400)
-        assert rig.engine.troubles == {}
+        assert not rig.engine.troubles
         assert rig.engine.next_retry_s() is None
         await rig.engine.reconcile()
         assert "tun0" not in kernel.observe().links, "the orphan is removed"
@@ -342,3 +346,103 @@ async def test_writing_the_same_again_is_no_other_state(tmp_path: Path) -> None:
         assert second is not None
         assert third is not None
         assert first.etag == second.etag != third.etag
+
+
+async def test_drift_that_is_only_to_be_reported_is_told_once_and_left_alone(tmp_path: Path) -> None:
+    kernel = FakeKernel()
+    async with running(tmp_path, kernel) as rig:
+        await rig.declare(drift="report")
+        kernel.outside.set_mtu("tun0", 1000)
+        for _ in range(3):
+            await rig.engine.reconcile()
+        assert [len(d.differences) for d in rig.of(ev.DriftDetected)] == [1]
+        assert kernel.observe(["tun0"]).links["tun0"].mtu == 1000
+        trouble = rig.engine.troubles.get(rig.engine.state.by_name[InterfaceName("tun0")])
+        assert trouble is not None
+        assert "tun0.mtu: desired 1500, observed 1000" in trouble.message
+        kernel.outside.set_up("tun0", False)
+        await rig.engine.reconcile()
+        assert [len(d.differences) for d in rig.of(ev.DriftDetected)] == [1, 2], "it changed"
+        kernel.outside.set_mtu("tun0", 1500)
+        kernel.outside.set_up("tun0", True)
+        await rig.engine.reconcile()
+        assert len(rig.of(ev.DriftEnded)) == 1
+        assert rig.of(ev.DriftRepaired) == []
+        assert not rig.engine.troubles
+
+
+async def test_whoever_asks_has_reported_drift_mended_and_a_worker_is_ours_to_mend(tmp_path: Path) -> None:
+    kernel = FakeKernel()
+    async with running(tmp_path, kernel) as rig:
+        await rig.declare(drift="report", processing={"running": True})
+        kernel.outside.set_mtu("tun0", 1000)
+        (device,) = rig.plane.held
+        rig.plane.detach(device)
+        await rig.engine.reconcile()
+        assert rig.plane.held, "reading the device again is no change of the link"
+        assert kernel.observe(["tun0"]).links["tun0"].mtu == 1000
+        await rig.engine.reconcile_now()
+        assert kernel.observe(["tun0"]).links["tun0"].mtu == 1500
+
+
+async def test_a_start_makes_what_is_missing_also_where_drift_is_only_reported(tmp_path: Path) -> None:
+    kernel = FakeKernel()
+    async with running(tmp_path, kernel) as rig:
+        await rig.declare(drift="report")
+        kernel.outside.delete("tun0")
+        await rig.engine.reconcile()
+        assert "tun0" not in kernel.observe().links
+    async with running(tmp_path, kernel) as rig:
+        assert "tun0" in kernel.observe().links
+        assert not rig.engine.troubles
+
+
+async def test_whoever_fights_back_is_not_fought_for_ever(tmp_path: Path) -> None:
+    kernel = FakeKernel()
+    async with running(tmp_path, kernel) as rig:
+        await rig.declare()
+        for _ in range(12):
+            kernel.outside.set_mtu("tun0", 1000)
+            await rig.engine.reconcile()
+        (contested,) = rig.of(ev.InterfaceContested)
+        assert contested.differences == [{"path": "tun0.mtu", "desired": 1500, "observed": 1000}]
+        assert len(rig.of(ev.DriftRepaired)) == len(rig.of(ev.DriftDetected)) == contested.repairs == 5
+        assert kernel.observe(["tun0"]).links["tun0"].mtu == 1000
+        trouble = rig.engine.troubles.get(rig.engine.state.by_name[InterfaceName("tun0")])
+        assert trouble is not None
+        assert trouble.code == "contested"
+        await rig.change({"mtu": 1400})
+        assert kernel.observe(["tun0"]).links["tun0"].mtu == 1400
+        assert not rig.engine.troubles, "a command makes it as wanted"
+
+
+async def test_a_token_that_the_log_never_gave_out_is_nobodys_orphan(tmp_path: Path) -> None:
+    kernel = FakeKernel()
+    async with running(tmp_path, kernel) as rig:
+        await rig.declare()
+        forged = Token(rig.engine.node, InterfaceId("01920000-0000-7000-8000-000000000009"))
+        kernel.outside.add_link("tun9", Mode.TUN, alias=str(forged))
+        await rig.engine.reconcile()
+        assert "tun9" in kernel.observe().links
+        assert any("tun9" in complaint for complaint in rig.engine.health())
+        kernel.outside.delete("tun9")
+        await rig.engine.reconcile()
+        assert rig.engine.health() == []
+
+
+async def test_a_start_on_a_log_that_lost_its_end_changes_nothing(tmp_path: Path) -> None:
+    kernel = FakeKernel()
+    async with running(tmp_path, kernel) as rig:
+        await rig.declare()
+        kernel.outside.set_mtu("tun0", 1000)
+        forged = Token(rig.engine.node, InterfaceId("01920000-0000-7000-8000-000000000009"))
+        kernel.outside.add_link("tun9", Mode.TUN, alias=str(forged))
+        events = len(rig.events())
+    before = kernel.observe().links
+    async with running(tmp_path, kernel) as rig:
+        assert kernel.observe().links == before
+        assert len(rig.events()) == events
+        assert "tun9" in (rig.engine.frozen or "")
+        with pytest.raises(TunledgerError) as refused:
+            await rig.change({"mtu": 1400})
+        assert refused.value.code is ErrorCode.LOG_CORRUPT

@@ -45,6 +45,11 @@ def note(number: int = 0) -> ev.Event:
     return ev.ServiceStopped(pid=number, reason="test", interfaces="keep")
 
 
+def idle(number: int = 0) -> ev.Event:
+    """An event that may come at any place in the log, and that waits when the disk is full."""
+    return ev.WorkerExited(worker=number, pid=number, status="test", devices=[])
+
+
 class Log:
     """Starts a writer; close it.
 

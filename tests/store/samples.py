@@ -75,6 +75,15 @@ SAMPLES: Final[Mapping[str, ev.Event]] = {
         ),
         ev.DriftRepaired(interface_id=ID, name=NAME, steps=["ip link set tun0 mtu 1400"], took_us=812),
         ev.RepairFailed(interface_id=ID, name=NAME, code="tun_missing", message="modprobe tun", errno=None),
+        ev.DriftEnded(interface_id=ID, name=NAME),
+        ev.InterfaceContested(
+            interface_id=ID,
+            name=NAME,
+            repairs=5,
+            within_s=60,
+            differences=[{"path": "tun0.mtu", "desired": 1400, "observed": 1500}],
+        ),
+        ev.ContestEnded(interface_id=ID, name=NAME, quiet_s=61),
         ev.OrphanRemoved(interface_id=ID, name="tun7", ifindex=42),
         ev.WorkerExited(worker=0, pid=4242, status="killed by SIGKILL", devices=["tun0", "tun1"]),
         ev.ServiceStarted(

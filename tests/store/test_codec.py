@@ -126,7 +126,7 @@ def test_a_version_before_the_first_is_log_corrupt(version: int) -> None:
 
 def test_the_chain_hash_is_what_it_was_in_the_first_release() -> None:
     """A changed formula would make every log written so far unsound."""
-    _name, _version, payload = codec.encode(SAMPLES["InterfaceDeclared"])
+    payload = (GOLDEN / "InterfaceDeclared.v1.json").read_text()
     first: Any = ("event-1", "interface/x", 1, "InterfaceDeclared", 1, "uid:0", "command-1", NODE, NOW, payload)
     second: Any = ("event-2", "node/x", 2, "ServiceStopped", 1, "system", None, NODE, NOW, "{}")
     assert [codec.chain_hash(codec.GENESIS, 1, *first), codec.chain_hash("ab" * 32, 2, *second)] == [

@@ -131,6 +131,10 @@ def test_a_database_without_a_log_is_told_to_migrate(tmp_path: Path, make: Any) 
     assert refusal.value.code is ErrorCode.SCHEMA_MISMATCH
 
 
+class _StoppedError(Exception):
+    """What ends a migration in the middle."""
+
+
 def test_a_migration_that_fails_leaves_nothing_behind_wherever_it_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,7 +144,7 @@ def test_a_migration_that_fails_leaves_nothing_behind_wherever_it_stops(
 
     def until(statement: str) -> None:
         if len(done) == stop_at:
-            raise InterruptedError(statement)
+            raise _StoppedError(statement)
         done.append(statement)
         execute(statement)
 
@@ -150,7 +154,7 @@ def test_a_migration_that_fails_leaves_nothing_behind_wherever_it_stops(
         done.clear()
         try:
             _migrate(path)
-        except InterruptedError:
+        except _StoppedError:
             left = rows(path, "SELECT name FROM sqlite_master WHERE tbl_name <> 'alembic_version' ORDER BY name")
             # The first to stop within a migration stops before it did anything.
             assert left == whole.setdefault(revision(path), left), f"after {stop_at} statements"

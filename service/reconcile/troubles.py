@@ -1,0 +1,176 @@
+"""What is not as wanted and why: repairs that failed, interfaces that somebody fights over, drift that is only told.
+
+Pure bookkeeping: the time is passed in, on the monotonic clock in seconds. It says when to try again and whether there
+is news worth an event; it records nothing itself. A failing repair backs off; one that works again and again within a
+minute does not hold, so the interface is contested, and its repairs slow down until it has been quiet for a while.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from service.domain.errors import TunledgerError
+from service.domain.plan import Difference
+from service.domain.values import InterfaceId
+
+BACK_OFF_FIRST_S, BACK_OFF_MAX_S = 1.0, 60.0
+CONTEST_REPAIRS = 5  # within this time: whoever changes it so often will do it again
+CONTEST_WITHIN_S = 60.0
+CONTEST_FIRST_S, CONTEST_MAX_S = 10.0, 300.0  # between repairs of a contested interface
+QUIET_S = 60.0  # at least; longer where repairs already come slower
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Why an interface is not as wanted, since when (UTC), how often that was tried to mend, and when it is next."""
+
+    message: str
+    code: str
+    since: str
+    attempts: int
+    next_try: float
+
+
+@dataclass(slots=True)
+class _Contest:
+    trouble: Trouble
+    delay_s: float
+    last_repair: float
+
+
+@dataclass(slots=True)
+class _Reported:
+    trouble: Trouble
+    found: tuple[Difference, ...]
+
+
+@dataclass(slots=True)
+class Troubles:
+    """Of all interfaces. `get` gives what a person should hear of one: a failure before a contest before a report."""
+
+    _failing: dict[InterfaceId, Trouble] = field(default_factory=dict)
+    _contests: dict[InterfaceId, _Contest] = field(default_factory=dict)
+    _reported: dict[InterfaceId, _Reported] = field(default_factory=dict)
+    _repairs: dict[InterfaceId, list[float]] = field(default_factory=dict)
+
+    def get(self, interface_id: InterfaceId) -> Trouble | None:
+        """What is wrong with one interface, or None."""
+        if (failing := self._failing.get(interface_id)) is not None:
+            return failing
+        if (contest := self._contests.get(interface_id)) is not None:
+            return contest.trouble
+        reported = self._reported.get(interface_id)
+        return reported.trouble if reported is not None else None
+
+    def __len__(self) -> int:
+        return len({*self._failing, *self._contests, *self._reported})
+
+    def __contains__(self, interface_id: InterfaceId) -> bool:
+        return self.get(interface_id) is not None
+
+    def is_failing(self, interface_id: InterfaceId) -> bool:
+        """Whether its last repair failed; the drift behind it is recorded already."""
+        return interface_id in self._failing
+
+    def is_reported(self, interface_id: InterfaceId) -> bool:
+        """Whether drift was told of that nobody is to mend."""
+        return interface_id in self._reported
+
+    def failed(self, interface_id: InterfaceId, error: TunledgerError, now: float, stamp: str) -> bool:
+        """A repair failed; whether in another way than the last time."""
+        known = self._failing.get(interface_id)
+        attempts = known.attempts + 1 if known is not None else 1
+        delay_s = min(BACK_OFF_MAX_S, BACK_OFF_FIRST_S * 2.0 ** min(attempts - 1, 16))
+        since = known.since if known is not None else stamp
+        self._failing[interface_id] = Trouble(error.message, error.code.value, since, attempts, now + delay_s)
+        return known is None or known.message != error.message
+
+    def repaired(self, interface_id: InterfaceId, found: tuple[Difference, ...], now: float, stamp: str) -> int:
+        """A repair worked. The number of repairs within CONTEST_WITHIN_S if that makes it contested now, else 0.
+
+        Args:
+            found: what others had changed; empty for what was our own doing, which is nobody's fight.
+        """
+        self._failing.pop(interface_id, None)
+        self._reported.pop(interface_id, None)
+        if not found:
+            return 0
+        contest = self._contests.get(interface_id)
+        if contest is not None:
+            contest.delay_s = min(CONTEST_MAX_S, contest.delay_s * 2)
+            contest.last_repair = now
+            trouble = contest.trouble
+            contest.trouble = replace(
+                trouble, message=_fought(found), attempts=trouble.attempts + 1, next_try=now + contest.delay_s
+            )
+            return 0
+        recent = [at for at in self._repairs.get(interface_id, []) if at > now - CONTEST_WITHIN_S]
+        recent.append(now)
+        self._repairs[interface_id] = recent
+        if len(recent) < CONTEST_REPAIRS:
+            return 0
+        del self._repairs[interface_id]
+        trouble = Trouble(_fought(found), "contested", stamp, len(recent), now + CONTEST_FIRST_S)
+        self._contests[interface_id] = _Contest(trouble, CONTEST_FIRST_S, now)
+        return len(recent)
+
+    def reported(self, interface_id: InterfaceId, found: tuple[Difference, ...], stamp: str) -> bool:
+        """Drift was seen that is not to be mended; whether it is another than the last time."""
+        known = self._reported.get(interface_id)
+        if known is not None and known.found == found:
+            return False
+        message = f"changed by others, and left so (drift: report): {'; '.join(map(str, found))}"
+        since = known.trouble.since if known is not None else stamp
+        self._reported[interface_id] = _Reported(Trouble(message, "reported", since, 0, float("inf")), found)
+        return True
+
+    def agreed(self, interface_id: InterfaceId, now: float) -> tuple[bool, int]:
+        """It was seen to be as wanted: (whether reported drift is over, seconds of quiet that ended a contest or 0)."""
+        self._failing.pop(interface_id, None)
+        over = self._reported.pop(interface_id, None) is not None
+        contest = self._contests.get(interface_id)
+        if contest is None:
+            return over, 0
+        quiet_s, needed_s = now - contest.last_repair, max(QUIET_S, 2 * contest.delay_s)
+        if quiet_s < needed_s:
+            contest.trouble = replace(contest.trouble, next_try=contest.last_repair + needed_s)
+            return over, 0
+        del self._contests[interface_id]
+        return over, round(quiet_s)
+
+    def is_due(self, interface_id: InterfaceId, now: float) -> bool:
+        """Whether a repair may be tried now."""
+        failing, contest = self._failing.get(interface_id), self._contests.get(interface_id)
+        return (failing is None or failing.next_try <= now) and (contest is None or contest.trouble.next_try <= now)
+
+    def due(self, now: float) -> frozenset[InterfaceId]:
+        """Those whose next try has come."""
+        return frozenset(each for each in (*self._failing, *self._contests) if self.is_due(each, now))
+
+    def next_try(self) -> float | None:
+        """When the next one is due; None if nothing is to be tried again."""
+        waiting = [trouble.next_try for trouble in self._failing.values()]
+        waiting += [contest.trouble.next_try for each, contest in self._contests.items() if each not in self._failing]
+        return min(waiting, default=None)
+
+    def hurry(self) -> None:
+        """Somebody asks: everything may be tried at once."""
+        for each, trouble in self._failing.items():
+            self._failing[each] = replace(trouble, next_try=0.0)
+        for contest in self._contests.values():
+            contest.trouble = replace(contest.trouble, next_try=0.0)
+
+    def forget(self, interface_id: InterfaceId) -> None:
+        """A command has made it as wanted, or it is gone."""
+        for each in (self._failing, self._contests, self._reported, self._repairs):
+            each.pop(interface_id, None)
+
+    def keep_only(self, known: Iterable[InterfaceId]) -> None:
+        """Forget all others: nobody waits for the repair of what is not declared any more."""
+        kept = set(known)
+        for each in (self._failing, self._contests, self._reported, self._repairs):
+            for interface_id in [i for i in each if i not in kept]:
+                del each[interface_id]
+
+
+def _fought(found: tuple[Difference, ...]) -> str:
+    return f"contested: something changes it again after each repair; last seen: {'; '.join(map(str, found))}"
