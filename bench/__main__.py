@@ -2,9 +2,9 @@
 
 import sys
 
-from bench import control, counters, log
+from bench import control, counters, log, scale
 
-ALL = {"control": control.run, "counters": counters.run, "log": log.run}
+ALL = {"control": control.run, "counters": counters.run, "log": log.run, "scale": scale.run}
 
 
 def main() -> None:

@@ -236,6 +236,9 @@ class _Service:
             if engine is not None:
                 engine.heard()
 
+        def is_wanted(name: str) -> bool:
+            return engine is not None and name in engine.state.by_name  # one look-up: safe in any thread
+
         writer = LogWriter(
             self._path,
             opened.node,
@@ -251,8 +254,8 @@ class _Service:
             packets_per_s=max(1, self._config.logging.packets_per_s),
         )
         applier = Applier()
-        monitor = Monitor(on_news)
-        kernel = LinuxKernel(vouched=monitor.watches)
+        monitor = Monitor(on_news, cares=is_wanted)
+        kernel = LinuxKernel(vouched=monitor.vouches)
         engine = Engine(
             node=opened.node,
             state=opened.log.past.state,

@@ -127,8 +127,9 @@ def converge(hands: Hands, wanted: Sequence[Wanted], seen: Mapping[InterfaceId, 
     Raises:
         TunledgerError: if the host could not be looked at; nothing was changed then.
     """
-    mark = hands.monitor.drain()
+    mark = None
     if seen is None:
+        mark = hands.monitor.drain()
         seen, _ = look(hands, wanted)
     results: list[Result] = []
     under_way: list[_UnderWay] = []
@@ -142,9 +143,9 @@ def converge(hands: Hands, wanted: Sequence[Wanted], seen: Mapping[InterfaceId, 
         except TunledgerError as error:
             result.error = error
     _carry_out(hands, under_way)
-    unchanged = [result for result in results if not result.steps and result.error is None]
+    if mark is not None:
+        _settle(hands, mark, [result for result in results if not result.steps and result.error is None])
     changed = [result for result in results if result.steps and result.error is None]
-    _settle(hands, mark, unchanged)
     if changed:
         failpoints.reach("converge.verify.before")
         mark = hands.monitor.drain()

@@ -1,7 +1,8 @@
 """Tells everybody who listens in this process what was recorded, as soon as it was.
 
-One feed, many subscriptions, each with a buffer of its own that has a bound: whoever lets it run over is cut off and
-told why, and nobody else notices. What an event is to a listener (which are wanted, how they look on a wire, what came
+One feed, many subscriptions, each with a buffer of its own that has a bound. What goes over it is left out, which shows
+in the positions: the database has it. Whoever lets it run over again before taking anything is cut off and told why,
+and nobody else notices. What an event is to a listener (which are wanted, how they look on a wire, what came
 before) does not belong in here. Everything in here is for the event loop's thread.
 """
 
@@ -36,6 +37,7 @@ class Subscription:
         self._waiting: deque[ev.Recorded] = deque()
         self._woken = asyncio.Event()
         self._listening = False
+        self._overrun = False  # since the last take
         self.ended: End | None = None
 
     def listen(self) -> None:
@@ -43,7 +45,8 @@ class Subscription:
         self._listening = True
 
     async def take(self, within_s: float) -> list[ev.Recorded]:
-        """What was published since the last call, in order; waits for something, but not longer than `within_s`.
+        """What was published since the last call, in order, with a hole in the positions if it was too much to keep;
+        waits for something, but not longer than `within_s`.
 
         Empty if there was nothing in that time, or if the subscription has ended.
         """
@@ -56,6 +59,7 @@ class Subscription:
                 return []
         taken = list(self._waiting)
         self._waiting.clear()
+        self._overrun = False
         return taken
 
     def close(self) -> None:
@@ -66,8 +70,12 @@ class Subscription:
         if not self._listening or self.ended is not None:
             return
         if len(self._waiting) + len(events) > self._buffer_events:
-            self._end(End.SLOW)
-            return
+            if self._overrun:
+                self._end(End.SLOW)
+                return
+            self._overrun = True
+            self._waiting.clear()
+            events = events[-1:]  # enough to show the hole
         self._waiting.extend(events)
         self._woken.set()
 

@@ -784,13 +784,13 @@ def test_a_reader_that_takes_nothing_is_dropped_with_a_reason_and_nobody_else_no
         sent = slow.sending
         live.append(*[note()] * 5)
         until(lambda: slow.sending > sent)  # and waits there, with four more of these in hand
-        for _ in range(100):
+        for _ in range(150):
             live.append()
-        until(lambda: len(quick.positions) == 105)
+        until(lambda: len(quick.positions) == 155)
         assert not slow.done
         on_loop(live, slow.may_take.set)
         until(lambda: slow.done)
-        assert quick.positions == list(range(head + 1, head + 106))
+        assert quick.positions == list(range(head + 1, head + 156))
         assert not quick.done
     dropped = slow.frames[-1]
     assert dropped["event"] == "dropped"
@@ -800,6 +800,18 @@ def test_a_reader_that_takes_nothing_is_dropped_with_a_reason_and_nobody_else_no
     assert "more than 50 events were waiting" in told["reason"]
     assert f"Last-Event-ID: {slow.positions[-1]}" in told["reason"]
     assert slow.positions == [head + 1], "what it was sent, it was sent in order; the rest is in the log"
+
+
+def test_a_burst_beyond_the_buffer_ends_nobody_who_takes_what_comes(path: Path) -> None:
+    """What does not fit is read from the database: a thousand interfaces made at once are one transaction."""
+    with Streaming(path, feed=Feed(buffer_events=50)) as live, reading(live) as reader:
+        until_live(live, 1)
+        head = live.get("/api/v1/log/head")["position"]
+        live.append(*[note()] * 200)
+        live.append(*[note()] * 20)
+        until(lambda: len(reader.positions) == 220)
+        assert reader.positions == list(range(head + 1, head + 221))
+        assert not reader.done
 
 
 def test_a_reader_that_stalls_for_good_is_given_up(path: Path) -> None:

@@ -30,7 +30,7 @@ OURS = token()
 
 def host_of(observed: dict[str, Any]) -> FakeKernel:
     """A fake host with these links, each made as its maker would."""
-    kernel = FakeKernel(vouched=lambda _ifindex: True)
+    kernel = FakeKernel(vouched=lambda _ifindex, _token: True)
     for number, link in enumerate(observed["links"]):
         mode = None if link["mode"] is None else Mode(link["mode"])
         called, alias = link["name"], "" if link.get("stranger") else link.get("alias", str(OURS))
