@@ -66,8 +66,11 @@ def application(
         audit: how far the log has been checked in the background; None where nothing checks it.
     """
 
-    def options(request: Request[Any, Any, Any]) -> Response[None] | None:
-        """OPTIONS, with all methods of the path: litestar's own answer knows those of the first handler only."""
+    async def options(request: Request[Any, Any, Any]) -> Response[None] | None:
+        """OPTIONS, with all methods of the path: litestar's own answer knows those of the first handler only.
+
+        Not a plain function: litestar would call that in a thread, for every request.
+        """
         if request.method != HttpMethod.OPTIONS:
             return None
         allowed = allowed_at[request.scope["path_template"]]
