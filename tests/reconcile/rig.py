@@ -78,6 +78,10 @@ class Rig:
         """Make an interface."""
         return await self.order(cmd.DeclareInterface(parse_spec({"name": name, **fields})))
 
+    async def declare_with_key(self, key: str, name: str) -> Answer:
+        """Make an interface under an Idempotency-Key."""
+        return await self.order(cmd.DeclareInterface(parse_spec({"name": name})), key=key, fingerprint=name)
+
     async def change(self, patch: Mapping[str, Any], name: str = "tun0") -> Answer:
         """Change an interface."""
         return await self.order(cmd.PatchInterface(InterfaceName(name), patch))

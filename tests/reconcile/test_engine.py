@@ -446,3 +446,29 @@ async def test_a_start_on_a_log_that_lost_its_end_changes_nothing(tmp_path: Path
         with pytest.raises(TunledgerError) as refused:
             await rig.change({"mtu": 1400})
         assert refused.value.code is ErrorCode.LOG_CORRUPT
+
+
+async def test_a_key_is_taken_from_the_moment_its_intent_is_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While there is no outcome, a repetition is neither done again nor told that all is well."""
+    async with running(tmp_path, FakeKernel()) as rig:
+        append = rig.writer.append
+
+        def refuse_outcomes(drafts: Any, also: Any = None) -> Future[list[ev.Recorded]]:
+            if any(isinstance(draft.body, ev.Outcome) for draft in drafts):
+                raise TunledgerError(ErrorCode.LOG_FULL, "no space", retry=True)
+            return append(drafts, also)
+
+        monkeypatch.setattr(rig.writer, "append", refuse_outcomes)
+        for _ in range(2):
+            with pytest.raises(TunledgerError) as refused:
+                await rig.declare_with_key("k", "tun0")
+            assert refused.value.code is ErrorCode.OUTCOME_UNKNOWN
+        assert len(rig.of(ev.InterfaceDeclared)) == 1
+        monkeypatch.setattr(rig.writer, "append", append)
+        await rig.engine.reconcile()
+        answer = await rig.declare_with_key("k", "tun0")
+        assert answer.reply is not None
+        assert answer.reply.status == 201
+        assert len(rig.of(ev.InterfaceDeclared)) == 1
