@@ -79,7 +79,12 @@ class Orders:
         work = self.engine.reject(refusal, name, order.kind, who.actor, order.command_id, request)
         task = asyncio.get_running_loop().create_task(work)
         self._recording.add(task)
-        task.add_done_callback(self._recording.discard)
+        task.add_done_callback(self._recorded)
+
+    def _recorded(self, task: "asyncio.Task[None]") -> None:
+        self._recording.discard(task)
+        if not task.cancelled():
+            task.exception()  # the log tells of it; the answer that is sent already depends on the request alone
 
 
 @dataclass(frozen=True, slots=True)

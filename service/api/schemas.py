@@ -329,7 +329,7 @@ _HISTORY_ENTRY: Final = record(
         "interface_id": nullable(ID),
         "what": text("in a few words"),
         "origin": nullable(text(enum=["client", "repair", "recovery"])),
-        "outcome": nullable(text(enum=["pending", "applied", "failed", "rejected", "repaired"])),
+        "outcome": nullable(text(enum=["pending", "applied", "failed", "rejected", "repaired", "contested"])),
         "message": nullable(text("the kernel's words, or why it was rejected")),
         "took_us": nullable(integer("microseconds", minimum=0)),
         "changes": listed(ref("Change")),

@@ -95,8 +95,8 @@ class ChangeConfirmed(msgspec.Struct, frozen=True, kw_only=True):
 class DriftDetected(msgspec.Struct, frozen=True, kw_only=True):
     """Observation: the host differs from what is desired.
 
-    `cause`: shutdown, reboot, worker_exit, outside (the kernel told of a change that is not ours), where a link was moved
-    to, or unknown.
+    `cause`: shutdown, reboot, worker_exit, outside (the kernel told of a change that is not ours), where a link was
+    moved to, or unknown.
     """
 
     interface_id: InterfaceId

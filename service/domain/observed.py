@@ -39,7 +39,6 @@ class ObservedLink:
         flags: IFF_* bits (linux/if.h); `up` is the admin state in them, `running` IFF_RUNNING.
         carrier: whether a reader holds the device.
         link_group: the kernel's group of links (`ip link set dev X group N`), 0 by default; no matter of users.
-        counters: all zero where they were not asked for.
     """
 
     name: str

@@ -113,7 +113,7 @@ class Engine:
             clock=clock,
             apply=self._apply,
         )
-        self._take_back_after, self._take_backs_failed = 0.0, 0
+        self._take_backs: dict[CommandId, tuple[int, float]] = {}  # that failed: how often, and when to try again
         self._locks: dict[str, asyncio.Lock] = {}
         self._complaints: list[str] = []
         self._unheard: dict[str, str] = {}  # links with our token that the log knows nothing of, and what to say
@@ -190,11 +190,13 @@ class Engine:
             task = self._keys.once(submission.actor, submission.request, work)
             if wait or await self._first_is(task, accepted):
                 return Answer(submission.command_id, reply=await asyncio.shield(task))
+            task.add_done_callback(_heard)
             return Answer(submission.command_id)
         order = self._spawn(self._carry_out(submission, accepted))
         if wait or await self._first_is(order, accepted):
             answer: Answer = await asyncio.shield(order)
             return answer
+        order.add_done_callback(_heard)
         return Answer(submission.command_id)
 
     async def _first_is(self, task: "asyncio.Task[Any]", accepted: "asyncio.Future[None]") -> bool:
@@ -254,9 +256,9 @@ class Engine:
             try:
                 confirmed = confirm(self.state, request.confirms, request)
             except TunledgerError as refusal:
-                if request.key:
-                    job = self._closed(submission.actor, command_id, request, (), refusal)
-                    await asyncio.wrap_future(self._writer.run(job))
+                if request.key:  # heard now as by every repetition
+                    await self._append([], self._closed(submission.actor, command_id, request, (), refusal))
+                    return self._render(request, command_id, (), refusal)
                 raise
             drafts = [
                 self._draft(ev.interface_stream(body.interface_id), body, actor=submission.actor, command_id=command_id)
@@ -274,12 +276,12 @@ class Engine:
 
     async def take_back_overdue(self) -> None:
         """Undo every change that was not confirmed in time."""
-        if self._frozen is not None or self._closing or time.monotonic() < self._take_back_after:
+        if self._frozen is not None or self._closing:
             return
         now = self._clock.now()
         overdue: dict[CommandId, list[Unconfirmed]] = {}
         for awaiting in self.state.unconfirmed.values():
-            if awaiting.confirm_by <= now:
+            if awaiting.confirm_by <= now and self._take_back_in_s(awaiting) <= 0:
                 overdue.setdefault(awaiting.command_id, []).append(awaiting)
         for command_id, changes in overdue.items():
             log.warning("not confirmed in time: taking back", command_id=command_id, names=[c.name for c in changes])
@@ -296,25 +298,36 @@ class Engine:
                 try:
                     await self._intend_and_finish(submission, intents, None)
                     failpoints.reach("engine.take_back.after")
-                    self._take_backs_failed = 0
+                    self._take_backs.pop(command_id, None)
                 except TunledgerError as error:
                     log.error("could not take back; it is tried again", command_id=command_id, error=error.message)
-                    delay_s = min(BACK_OFF_MAX_S, 5 * BACK_OFF_FIRST_S * 2**self._take_backs_failed)
-                    self._take_backs_failed += 1
-                    self._take_back_after = time.monotonic() + delay_s
+                    failed, _ = self._take_backs.get(command_id, (0, 0.0))
+                    delay_s = min(BACK_OFF_MAX_S, 5 * BACK_OFF_FIRST_S * 2.0 ** min(failed, 16))
+                    self._take_backs[command_id] = failed + 1, time.monotonic() + delay_s
+        waited_for = {awaiting.command_id for awaiting in self.state.unconfirmed.values()}
+        self._take_backs = {each: at for each, at in self._take_backs.items() if each in waited_for}
+
+    def _take_back_in_s(self, awaiting: Unconfirmed) -> float:
+        """How long until a take-back that failed is tried again; not over 0 where none did."""
+        return self._take_backs.get(awaiting.command_id, (0, 0.0))[1] - time.monotonic()
 
     def next_deadline_s(self) -> float | None:
         """Seconds until the next unconfirmed change is due to be taken back; None if there is none."""
-        awaited = [u.confirm_by for u in self.state.unconfirmed.values() if not self._has_pending(u.name)]
-        if not awaited or self._frozen is not None:
+        if self._frozen is not None:
             return None
-        first = min(awaited)
-        return max(self._clock.seconds_until(first), self._take_back_after - time.monotonic(), 0.0)
+        awaited = [u for u in self.state.unconfirmed.values() if not self._has_pending(u.name)]
+        due = [max(self._clock.seconds_until(u.confirm_by), self._take_back_in_s(u), 0.0) for u in awaited]
+        return min(due, default=None)
 
     async def reject(
         self, refusal: TunledgerError, name: str, command: str, actor: str, command_id: CommandId, request: cmd.Request
     ) -> None:
-        """Record that a command was refused before it was an intent. A flood is recorded as a number."""
+        """Record that a command was refused before it was an intent. A flood is recorded as a number.
+
+        Raises:
+            TunledgerError: the refusal came with an Idempotency-Key, and could not be kept: it must not be heard, since
+                a repetition might hear another.
+        """
         if self._frozen is not None or self._closing:
             return
         settled = request.key and is_settled(refusal)
@@ -337,6 +350,8 @@ class Engine:
             failpoints.reach("engine.reject.after")
         except TunledgerError as error:
             log.warning("a refusal could not be recorded", name=name, error=error.message)
+            if settled:
+                raise
 
     @property
     def frozen(self) -> str | None:
@@ -1096,6 +1111,12 @@ class Engine:
                     self._locks.pop(key, None)
             if held and self._later:
                 self.wake.set()  # somebody changed what was under way
+
+
+def _heard(task: "asyncio.Task[Any]") -> None:
+    """Nobody waits for what becomes of it: it is in the log."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _awaited(lock: asyncio.Lock) -> bool:

@@ -305,7 +305,7 @@ async def test_a_take_back_waits_for_a_pending_intent_and_never_comes_upon_it(
 
         monkeypatch.setattr(rig.writer, "append", full_at_second)
         await rig.engine.take_back_overdue()
-        monkeypatch.setattr(rig.engine, "_take_back_after", 0.0)
+        monkeypatch.setattr(rig.engine, "_take_backs", {})
         await rig.engine.take_back_overdue()
         assert len(rig.of(ev.InterfaceReconfigured)) == 2, "a second take-back was recorded upon the first"
         await rig.engine.reconcile()
@@ -472,3 +472,38 @@ async def test_a_key_is_taken_from_the_moment_its_intent_is_in_the_log(
         assert answer.reply is not None
         assert answer.reply.status == 201
         assert len(rig.of(ev.InterfaceDeclared)) == 1
+
+
+async def test_a_take_back_that_cannot_be_done_keeps_no_other_waiting(tmp_path: Path) -> None:
+    kernel = FakeKernel()
+    past = "2020-01-01T00:00:00.000000Z"
+    async with running(tmp_path, kernel) as rig:
+        for name in ("tun0", "tun1"):
+            await rig.declare(name)
+        await rig.order(cmd.RetireInterface(InterfaceName("tun0")), confirm_by=past)
+        kernel.outside.add_link("tun0", Mode.TUN)  # so it cannot come back
+        await rig.engine.take_back_overdue()
+        await rig.order(cmd.PatchInterface(InterfaceName("tun1"), {"mtu": 1400}), confirm_by=past)
+        await rig.engine.take_back_overdue()
+        assert kernel.observe(["tun1"]).links["tun1"].mtu == 1500
+        assert list(rig.engine.state.unconfirmed) == ["tun0"]
+        later = rig.engine.next_deadline_s()
+        assert later is not None
+        assert later > 1
+
+
+async def test_a_refusal_that_cannot_be_kept_is_not_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a key: a repetition after a restart might hear another answer."""
+    async with running(tmp_path, FakeKernel()) as rig:
+        await rig.declare()
+
+        def broken(*_arguments: Any) -> "Future[list[ev.Recorded]]":
+            raise TunledgerError(ErrorCode.LOG_UNAVAILABLE, "I/O error")
+
+        monkeypatch.setattr(rig.writer, "append", broken)
+        answer = await rig.declare_with_key("k", "tun0")
+        assert answer.reply is not None
+        assert answer.reply.status == 503, "and not 409, which nobody will remember"
+        with pytest.raises(TunledgerError) as heard:
+            await rig.declare()
+        assert heard.value.code is ErrorCode.INTERFACE_EXISTS, "without a key nothing has to be kept"
