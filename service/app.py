@@ -28,7 +28,7 @@ from service.api.orders import Orders
 from service.api.read import LogView
 from service.api.render import render
 from service.config import Config
-from service.dataplane.supervisor import Supervisor, WorkerExit
+from service.dataplane.supervisor import DataplaneError, Supervisor, WorkerExit
 from service.domain import events as ev
 from service.domain.counters import Book, worker_reading
 from service.domain.errors import ErrorCode, TunledgerError
@@ -284,7 +284,10 @@ class _Service:
                 failpoints.reach("app.writer.started")
             monitor.start()
             applier.start()
-            await asyncio.to_thread(supervisor.start)
+            try:
+                await asyncio.to_thread(supervisor.start)
+            except DataplaneError as error:
+                raise TunledgerError(ErrorCode.WORKER_FAILED, f"the packet workers: {error.message}") from error
             failpoints.reach("app.workers.started")
             await self._serve(engine, opened)
         finally:
@@ -336,6 +339,9 @@ class _Service:
 
     def _require_readable(self) -> None:
         """As `require_current`. On a full disk SQLite needs a little room even for reading, which the reserve has."""
+        refusal = obstacle(self._path)
+        if refusal is not None and refusal.code is ErrorCode.LOG_FULL:
+            Reserve(self._path).release()
         while True:
             try:
                 require_current(self._path)

@@ -44,7 +44,7 @@ class Batch:
         self,
         route: netlink.RouteSocket,
         tun_path: str,
-        vouched: Callable[[int], bool],
+        vouched: Callable[[int, Token], bool],
         choose: Callable[[Sequence[int]], int],
     ) -> None:
         self._route = route
@@ -145,7 +145,7 @@ class Batch:
     def _delete_one(self, member: Member) -> None:
         step = _deletion(member)
         try:
-            body = self._route.get(netlink.RTM_GETLINK, netlink.link_request(ifindex=step.ifindex, counters=False))
+            body = self._route.get(netlink.RTM_GETLINK, netlink.link_request(ifindex=step.ifindex))
             if body is None:
                 return
             if _read(body).token != step.token:
@@ -179,7 +179,7 @@ class Batch:
                 if not leaving:
                     break
                 failpoints.reach("kernel.group.moved", fails=True)
-                if not self._is_ours_alone(group, leaving, left, homes):
+                if not self._is_ours_alone(group, leaving, left):
                     continue
                 self._route.change(netlink.link_message(netlink.RTM_DELLINK, 0, [("IFLA_GROUP", group)]))
                 failpoints.reach("kernel.group.deleted")
@@ -212,22 +212,22 @@ class Batch:
                 left.append(leaving.pop(ifindex))
         return group
 
-    def _is_ours_alone(self, group: int, leaving: dict[int, Member], left: list[Member], homes: dict[int, int]) -> bool:
-        """Whether all in the group are links of ours that are to leave. Whoever lost the token meanwhile goes home."""
+    def _is_ours_alone(self, group: int, leaving: dict[int, Member], left: list[Member]) -> bool:
+        """Whether all in the group are links of ours that are to leave. Whoever lost the token meanwhile stays in it,
+        and the group with them, until they are sent home."""
         inside = {index: link for index, link in self._all_links().items() if link.link_group == group}
         for ifindex, member in list(leaving.items()):
             link = inside.get(ifindex)
             if link is None:  # gone, or somebody took it out of the group
                 left.append(leaving.pop(ifindex))
             elif link.token != _deletion(member).token:
-                _fail(member, name_taken(member.step.name))
-                self._send_home([leaving.pop(ifindex)], homes)
+                _fail(leaving.pop(ifindex), name_taken(member.step.name))
         return bool(leaving) and inside.keys() == leaving.keys()
 
     def _send_home(self, members: Sequence[Member], homes: dict[int, int]) -> None:
         """Put links that we moved and that stay back into the group they were in; nothing that is elsewhere now."""
         moved = [ifindex for ifindex in (_deletion(member).ifindex for member in members) if ifindex in homes]
-        requests = [netlink.link_request(ifindex=ifindex, counters=False) for ifindex in moved]
+        requests = [netlink.link_request(ifindex=ifindex) for ifindex in moved]
         messages = []
         for ifindex, body in zip(moved, self._route.get_many(netlink.RTM_GETLINK, requests), strict=True):
             with contextlib.suppress(NetlinkError):
@@ -236,7 +236,7 @@ class Batch:
         self._route.change_many(messages)  # one that fails is gone, or found by the next look at our links
 
     def _all_links(self) -> dict[int, Mark]:
-        found = self._route.dump(netlink.RTM_GETLINK, netlink.link_request(counters=False))
+        found = self._route.dump(netlink.RTM_GETLINK, netlink.link_request())
         links = [_read(*message) for message in found]
         return {link.ifindex: link for link in links}
 
@@ -265,9 +265,9 @@ class Batch:
     def _check(self, members: Sequence[Member]) -> None:
         """Find the link of each, and see our token on it."""
         requests = [
-            netlink.link_request(ifindex=step.ifindex, counters=False)
+            netlink.link_request(ifindex=step.ifindex)
             if isinstance(step, st.SetAlias)
-            else netlink.link_request(_present_name(step), counters=False)
+            else netlink.link_request(_present_name(step))
             for step in (member.step for member in members)
         ]
         for member, body in zip(members, self._route.get_many(netlink.RTM_GETLINK, requests), strict=True):
@@ -286,7 +286,7 @@ class Batch:
         if link.token == member.token:
             return link.ifindex
         is_it = isinstance(step, st.SetAlias) and step.token == member.token and link.name == name
-        if not is_it or not link.is_tun or not self._vouched(link.ifindex):
+        if not is_it or not link.is_tun or not self._vouched(link.ifindex, member.token):
             raise name_taken(name)
         return link.ifindex
 
@@ -325,7 +325,7 @@ class Batch:
                 assert_never(step)
 
     def _set_owner(self, step: st.SetOwner, ifindex: int) -> None:
-        found = self._route.get(netlink.RTM_GETLINK, netlink.link_request(ifindex=ifindex, counters=False))
+        found = self._route.get(netlink.RTM_GETLINK, netlink.link_request(ifindex=ifindex))
         if found is None:
             raise errnos.gone(step.name)
         link = netlink.read_link(found, 0, len(found))

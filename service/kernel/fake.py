@@ -113,7 +113,10 @@ class FakeKernel:
     """
 
     def __init__(
-        self, *, promote_secondaries: bool = False, vouched: Callable[[int], bool] = lambda _ifindex: False
+        self,
+        *,
+        promote_secondaries: bool = False,
+        vouched: Callable[[int, Token], bool] = lambda _ifindex, _token: False,
     ) -> None:
         self._lock = threading.RLock()
         self._vouched = vouched
@@ -131,23 +134,23 @@ class FakeKernel:
 
     # -- the protocol
 
-    def observe(self, names: Collection[str] | None = None, *, counters: bool = True) -> Observed:
+    def observe(self, names: Collection[str] | None = None) -> Observed:
         """The links of these names, or all."""
         with self._call("observe"):
             links = [link for link in self._links.values() if names is None or link.name in names]
-            return Observed({link.name: _seen(link, counters=counters) for link in links}, complete=names is None)
+            return Observed({link.name: _seen(link) for link in links}, complete=names is None)
 
     def sample(self) -> list[ObservedLink]:
         """All TUN and TAP links with their counters, without addresses."""
         with self._call("sample"):
             return [_seen(link, addresses=False) for link in self._links.values() if link.mode is not None]
 
-    def survey(self, names: str | Collection[str], node: str, *, networks: bool) -> Host:
+    def survey(self, names: Collection[str], node: str, *, networks: bool) -> Host:
         """Strangers with these names and, if asked for, the networks that links other than ours use."""
         with self._call("survey"):
-            wanted = {names} if isinstance(names, str) else set(names)
+            wanted = set(names)
             strangers = [link for link in self._links.values() if link.token is None or link.token.node != node]
-            occupants = {link.name: _seen(link, counters=False) for link in strangers if link.name in wanted}
+            occupants = {link.name: _seen(link) for link in strangers if link.name in wanted}
             return Host(occupants, tuple(n for link in strangers for n in _networks(link)) if networks else ())
 
     def execute(self, token: Token, steps: Sequence[st.Step]) -> None:
@@ -300,7 +303,7 @@ class FakeKernel:
         if link is None:
             raise errnos.refused(str(step), errno.ENODEV, f"{step.name} does not exist any more")
         is_it = step.token == member.token and link.name == step.name and link.mode is not None
-        if link.token != member.token and not (is_it and self._vouched(link.ifindex)):
+        if link.token != member.token and not (is_it and self._vouched(link.ifindex, member.token)):
             raise name_taken(step.name)
         return link
 
@@ -569,7 +572,7 @@ def _set_down(link: _Link) -> None:
     link.up = False
 
 
-def _seen(link: _Link, *, addresses: bool = True, counters: bool = True) -> ObservedLink:
+def _seen(link: _Link, *, addresses: bool = True) -> ObservedLink:
     carrier = link.held if link.mode is not None else link.kind == "loopback"
     running = link.up and carrier
     flags = IFF_MULTICAST | (IFF_POINTOPOINT | IFF_NOARP if link.mode is Mode.TUN else IFF_BROADCAST)
@@ -595,7 +598,7 @@ def _seen(link: _Link, *, addresses: bool = True, counters: bool = True) -> Obse
         multi_queue=link.multi_queue,
         persist=link.persist and link.mode is not None,
         addresses=link.addresses if addresses else (),
-        counters=link.counters if counters else LinkCounters(),
+        counters=link.counters,
     )
 
 

@@ -70,7 +70,7 @@ class News:
         gone: watched links that left, by ifindex. Each may be back already, as another device with the same ifindex.
         moved: in words, where those of the gone went that were not deleted.
         names: of other links that came, left, or were renamed to or from it.
-        lost: messages were lost. Anything may have changed, and no link is watched any more.
+        lost: messages were lost. Anything may have changed, and no link is watched before it is `settled` again.
     """
 
     changed: Mapping[int, Token] = field(default_factory=lambda: MappingProxyType({}))
@@ -93,8 +93,8 @@ class _Watched:
 class Watch:
     """Makes news of netlink messages. Knows no socket, takes no locks, and no bytes make it raise.
 
-    Messages are numbered as they are heard. A mark is such a number: a look that began after it has seen all that
-    happened up to it, so that `settled` may forget up to there, and nothing behind.
+    Messages are numbered as they are heard. A mark is such a number: a look that began after it saw all that had
+    happened up to it, so `settled` may forget up to there, and nothing behind.
 
     Begins deaf: until `hear`, nothing is watched or vouched for.
 
@@ -109,6 +109,7 @@ class Watch:
         self._floor = 0  # marks below it are void: what came after them is not known any more
         self.deaf = True
         self._watched: dict[int, _Watched] = {}
+        self._holder: dict[Token, int] = {}
         self._heard: dict[int, int] = {}  # ifindex: number of the last message about it
         self._left: dict[int, int] = {}  # ifindex: number of its last RTM_DELLINK
         self._name_of: dict[int, bytes] = {}
@@ -130,6 +131,7 @@ class Watch:
         """Messages are missing, and may go on missing until `hear`."""
         self.deaf = self._lost = True
         self._watched.clear()
+        self._holder.clear()
         self._heard.clear()
         self._left.clear()
 
@@ -202,11 +204,19 @@ class Watch:
             # It may have been passed over for saying what was known before, or because it was not watched yet.
             self._changed[ifindex] = self._heard[ifindex], token
         self._watched[ifindex] = now
+        self._holder[token] = ifindex
+
+    def _unwatch(self, ifindex: int) -> _Watched | None:
+        watched = self._watched.pop(ifindex, None)
+        if watched is not None and self._holder.get(watched.token) == ifindex:
+            del self._holder[watched.token]
+        return watched
 
     def forget(self, ifindexes: Iterable[int]) -> None:
         """Watch these no longer, and drop the news of them."""
         for ifindex in ifindexes:
-            for known in (self._watched, self._changed, self._gone, self._moved):
+            self._unwatch(ifindex)
+            for known in (self._changed, self._gone, self._moved):
                 known.pop(ifindex, None)
 
     def vouches(self, ifindex: int, token: Token) -> bool:
@@ -214,13 +224,9 @@ class Watch:
         watched = self._watched.get(ifindex)
         return watched is not None and watched.token == token
 
-    def watches(self, ifindex: int) -> bool:
-        """Whether the device with this ifindex is watched."""
-        return ifindex in self._watched
-
     def holder(self, token: Token) -> int | None:
         """The ifindex of the device that was seen with this token, or None."""
-        return next((index for index, watched in self._watched.items() if watched.token == token), None)
+        return self._holder.get(token)
 
     @property
     def watching(self) -> int:
@@ -269,7 +275,7 @@ class Watch:
     def _link_left(self, ifindex: int, data: bytes | memoryview, start: int, stop: int) -> None:
         self._left[ifindex] = self._number
         name = self._name_of.pop(ifindex, None)
-        watched = self._watched.pop(ifindex, None)
+        watched = self._unwatch(ifindex)
         if watched is None:
             if name is not None:
                 self._tell_name(ifindex, name)
@@ -530,17 +536,10 @@ class Monitor:
         with self._drained():
             return self._watch.vouches(ifindex, token)
 
-    def watches(self, ifindex: int) -> bool:
-        """Whether the device that has this ifindex now is the one that `settled` was given, whatever its alias is."""
-        with self._lock:
-            self._drain()
-            return not self._watch.deaf and self._watch.watches(ifindex)
-
     def holder(self, token: Token) -> int | None:
         """The ifindex of the device that was seen with this token and is the same still; None if there is none."""
-        with self._lock:
-            self._drain()
-            return None if self._watch.deaf else self._watch.holder(token)
+        with self._drained():
+            return self._watch.holder(token)
 
     def watching(self) -> int:
         """How many devices are watched."""

@@ -5,6 +5,7 @@ IMMEDIATE on the one writing connection, WAL with synchronous=FULL read back, ch
 WAL-reset bug of SQLite 3.7.0 to 3.51.2 needs two connections that write or checkpoint), all others read-only.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -27,6 +28,8 @@ from service.store import reserve, schema
 UNREADABLE = (sa.exc.DatabaseError, UnicodeDecodeError)
 BUSY_TIMEOUT_MS = 5000  # a person with the sqlite3 shell may hold the lock; then a write waits this long
 WAL_KEPT_BYTES = 8 * 1024 * 1024  # of a -wal that grew behind a long reader; twice what it has between checkpoints
+
+INDEX_BYTES = 5 * 32768  # of the -shm: pieces of 4,096 frames, so enough for a -wal of 80 MB
 
 # What SQLite calls a write that was refused, or a file that cannot be made or grown. Of all errnos it tells apart only
 # ENOSPC, on a write (unixWrite in os_unix.c): EDQUOT and EROFS come as SQLITE_IOERR_WRITE, a -shm that cannot grow as
@@ -108,6 +111,25 @@ def open_reader(path: Path) -> sa.Engine:
         return connection
 
     return sa.create_engine("sqlite://", creator=connect, poolclass=QueuePool, pool_size=4, max_overflow=8)
+
+
+def allocate_index(path: Path) -> None:
+    """Have the -shm's blocks really there, those that it will grow into too; for a process that has the database open.
+
+    SQLite writes one byte into each of its 4 KiB pages and then maps them. Where blocks are smaller, as in an ext4 of
+    less than 512 MB, the rest is holes, and touching one on a full disk ends the process by SIGBUS. Done through
+    SQLite's own descriptor: closing another one would drop all its locks (fcntl(2)). Without room, nothing is done.
+    """
+    try:
+        index = path.with_name(path.name + "-shm").stat()
+        for entry in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):
+                found = os.fstat(int(entry.name))
+                if (found.st_dev, found.st_ino) == (index.st_dev, index.st_ino):
+                    os.posix_fallocate(int(entry.name), 0, INDEX_BYTES)
+                    return
+    except OSError:
+        return
 
 
 def _lies_still(path: Path) -> bool:

@@ -11,7 +11,16 @@ from sqlalchemy import event
 from service import failpoints
 from service.domain.errors import ErrorCode, TunledgerError
 from service.store import headfile, schema
-from service.store.database import UNREADABLE, open_writer, require_current, revision, unreadable, unwritable
+from service.store.database import (
+    UNREADABLE,
+    allocate_index,
+    obstacle,
+    open_writer,
+    require_current,
+    revision,
+    unreadable,
+    unwritable,
+)
 
 NODE_ID_BYTES = 6  # 12 hex digits: short enough for ifalias and for people
 
@@ -45,6 +54,9 @@ def migrate(path: Path, *, now: Callable[[], str]) -> tuple[str | None, str]:
             path.touch(mode=0o600)
     except OSError as error:
         raise unwritable(path, error) from error
+    refusal = obstacle(path)
+    if refusal is not None:
+        raise refusal
     config = Config()
     config.set_main_option("script_location", str(scripts()).replace("%", "%%"))
     engine = open_writer(path)
@@ -53,6 +65,9 @@ def migrate(path: Path, *, now: Callable[[], str]) -> tuple[str | None, str]:
     event.listen(engine, "commit", lambda _: failpoints.reach("migrate.commit.before", fails=True))
     try:
         with engine.connect() as connection:
+            connection.execute(sa.text("SELECT count(*) FROM sqlite_master"))
+            allocate_index(path)
+            connection.rollback()
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
         failpoints.reach("migrate.upgraded")

@@ -98,11 +98,17 @@ class LogReader:
         self._engine.dispose()
 
     def node(self) -> NodeId:
-        """The id of the node whose log this is."""
+        """The id of the node whose log this is: as the database has it, and as its last event has it."""
         try:
-            return node_id(self._engine)
+            found = node_id(self._engine)
         except UNREADABLE as error:
             raise unreadable(self._path, error) from error
+        for (last,) in self.tuples(sa.select(_events.node).order_by(_events.position.desc()).limit(1)):
+            if last != found:
+                raise TunledgerError(
+                    ErrorCode.LOG_CORRUPT, f"{self._path}: the log is of node {last}, but the database says {found}"
+                )
+        return found
 
     def events(self, *, after: int = 0, upto: int | None = None) -> Iterator[ev.Recorded]:
         """Events in order of position."""

@@ -9,8 +9,8 @@ can be had again, which is tried every second. After an I/O error nothing more i
 then holds cannot be trusted (the process has to start again from what is on disk).
 
 The -wal is neither grown beforehand nor cut after each checkpoint: it keeps the size it had between two checkpoints,
-and overwriting it needs no room. Should a reader hold a checkpoint up until the -shm has to grow as well, on a full
-disk, then SQLite finds that out when the commit is in the -wal already: see `_after`.
+and overwriting it needs no room. Should a reader hold checkpoints up for so long that the -shm has to grow as well, on
+a full disk, then SQLite finds that out when the commit is in the -wal already: see `_after`.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from service.domain import events as ev
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.values import NodeId
 from service.store import codec, headfile, reserve, schema
-from service.store.database import UNREADABLE, errorname, open_writer, refused, unreadable, unwritable
+from service.store.database import UNREADABLE, allocate_index, errorname, open_writer, refused, unreadable, unwritable
 from service.store.headfile import HeadFile
 
 QUEUE_MAX = 1024  # requests waiting; more are refused as overloaded
@@ -187,6 +187,7 @@ class LogWriter:
         if known is not None and known[0] > self._position:
             self._connection.close()
             raise TunledgerError(ErrorCode.LOG_CORRUPT, headfile.cut_off(self._path, known[0], self._position))
+        allocate_index(self._path)
         self._headfile.write(self._position, self._head)
         self._frames = self._frames_there()
         self._probe()
@@ -292,7 +293,7 @@ class LogWriter:
         try:
             with self._connection.begin():
                 self._place_all(batch, placed)
-                failpoints.reach("store.commit.before")
+                failpoints.reach("store.commit.before", fails=True)
                 self._committing = True
         except BaseException:
             self._position, self._head = before

@@ -227,7 +227,7 @@ class Life:
         """A command, valid or not; the kernel may fail at its nth step, or the service be killed there."""
         self.commands += 1
         given = submission(command, command_id=f"c{self.commands}", request=request)
-        host = self.kernel.survey(cmd.target(command), NODE, networks=True)
+        host = self.kernel.survey([cmd.target(command)], NODE, networks=True)
         state, written = self.log.state, len(self.kernel.executed)
         before = dict(state.interfaces)
         try:

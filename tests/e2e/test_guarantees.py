@@ -293,7 +293,7 @@ def test_list_filters_and_pages(api: Service) -> None:
 
 
 def test_drift_is_told_and_reconcile_mends_it(api: Service) -> None:
-    exchange(api, "POST", "/api/v1/interfaces", SPEC)
+    exchange(api, "POST", "/api/v1/interfaces", SPEC | {"drift": "report"})
     with IPRoute() as host:  # type: ignore[no-untyped-call]  # pyroute2 has no types
         host.link("set", index=links()["tun1"].ifindex, mtu=1350)
     (drift,) = api.ok("GET", "/api/v1/drift")["drift"]

@@ -13,6 +13,7 @@ import array
 import atexit
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -35,6 +36,14 @@ IMPORTED: Final = (
     "service.app",
     "service.cli.main",
     "service.store.migrate",
+    "litestar._kwargs",
+    "litestar._kwargs.cleanup",
+    "litestar.exceptions.responses",
+    "litestar.exceptions.responses._debug_response",
+    "litestar.middleware._internal.exceptions",
+    "litestar.middleware.allowed_hosts",
+    "litestar.middleware.csrf",
+    "litestar.middleware.response_cache",
     "uvicorn.lifespan.off",
     "uvicorn.protocols.http.httptools_impl",
 )
@@ -124,10 +133,11 @@ class Nursery:
 
     def _ask(self, message: Mapping[str, Any], fd: int | None = None) -> int:
         rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
-        with self._lock:
+        answer = b""
+        with self._lock, contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._socket.sendmsg([json.dumps(message).encode()], rights)
             answer = self._socket.recv(MESSAGE_MAX)
-        assert answer, "the nursery has ended"
+        assert answer, "the nursery has ended: does the service import?"
         return int(answer)
 
 
@@ -150,6 +160,8 @@ def serve(descriptor: int) -> None:
     """Fork as asked until the other end closes; whoever lives then is killed."""
     for module in IMPORTED:
         importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # a service collects garbage at its start: it need not look at all of this, nor have it copied
     control = socket.socket(fileno=descriptor)
     living: set[int] = set()
     while True:

@@ -101,8 +101,11 @@ class Scenario:
                 raise GoneError("at start-up")
             self.live(life)
             life.stop()
-        except (GoneError, OSError, http.client.HTTPException):
-            assert not strict, f"{self.name}: the service died"
+        except (GoneError, OSError, http.client.HTTPException) as error:
+            log = world.service.log
+            told = log.read_text()[-3000:] if log.exists() else ""
+            if strict:
+                raise AssertionError(f"{self.name}: the service died: {error!r}\n{told}") from error
             if world.alive():
                 life.stop()
         world.wait_dead()
@@ -319,7 +322,7 @@ KEEP: Final = {"TUNLEDGER_SHUTDOWN__INTERFACES": "keep"}
 SCENARIOS: Final = (
     Scenario("classic", _classic),
     Scenario("lab", _lab),
-    Scenario("deadline", _deadline, settings=KEEP),
+    Scenario("deadline", _deadline, settings=KEEP | {"TUNLEDGER_COUNTERS__INTERVAL_S": "1"}),
     Scenario("a worker dies", _worker_dies, settings=KEEP),
     Scenario("undone", _undone),
     Scenario("drifts", _drifts, settings=KEEP),

@@ -29,10 +29,14 @@ class SmallDisk:
         self.folder, self.kind = folder, kind
         self._ballast = folder / "ballast"
 
-    def fill(self) -> None:
-        """Leave no byte free."""
+    def fill(self, *, but: int = 0) -> None:
+        """Leave no byte free, or so many."""
         while self._taken():  # delayed allocation finds some more after a sync
             pass
+        if but:
+            with self._ballast.open("r+b") as file:
+                file.truncate(self._ballast.stat().st_size - but)
+                os.fsync(file.fileno())
 
     def _taken(self) -> int:
         taken = 0

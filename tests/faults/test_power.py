@@ -34,7 +34,7 @@ import sqlalchemy as sa
 
 from service.domain import events as ev
 from service.domain.errors import TunledgerError
-from service.store import counters, schema
+from service.store import codec, counters, headfile, schema
 from service.store.database import open_reader, open_writer, require_current
 from service.store.migrate import migrate
 from service.store.reader import LogReader
@@ -115,7 +115,7 @@ def record(folder: Path) -> Recording:
     """Live three lives under strace, the first ended by a kill, the second in order, the third by a kill."""
     world = World(folder / "db", settings={"TUNLEDGER_COUNTERS__INTERVAL_S": "1"}, decoys=False)
     service = world.service
-    history = History(service.folder, (DATABASE, f"{DATABASE}-wal", f"{DATABASE}-journal"))
+    history = History(service.folder, tuple(DATABASE + suffix for suffix in ("", "-wal", "-journal", ".head")))
 
     @contextlib.contextmanager
     def life(name: str, *arguments: str) -> Iterator[int]:
@@ -185,7 +185,7 @@ def recorded(world: World, history: History) -> Recording:
         history,
         sent=tuple(world.sent),
         migrated=history.steps.index(Mark(MIGRATED)),
-        hashes=("", *(event.hash for event in events)),
+        hashes=(codec.GENESIS, *(event.hash for event in events)),
         settled=settled,
         taken=taken,
         answers={(row.actor, row.key): (row.status, row.body) for row in rows},
@@ -256,9 +256,15 @@ class Judge:
             digest = hashlib.sha256(path.read_bytes()).digest()
             if digest not in self._databases:
                 self._databases[digest] = examined(path, self.recording.hashes)
-            return self._databases[digest]
+            found = self._databases[digest]
+            lost = headfile.problem(path, lambda at: self._mark(at, found), 0) if isinstance(found, Found) else None
         except (TunledgerError, sa.exc.SQLAlchemyError) as error:
             return f"{type(error).__name__}: {error}"
+        return lost or found
+
+    def _mark(self, position: int, found: Found) -> tuple[str, None] | None:
+        """Hash of an event that a recovered log has, as `LogReader.mark`."""
+        return (self.recording.hashes[position], None) if position <= (found.head or 0) else None
 
 
 def examined(path: Path, hashes: Sequence[str]) -> Found | str:
@@ -345,8 +351,9 @@ def some(chance: random.Random) -> Callable[[Disk, Step], Iterator[Image]]:
 
     def choose(disk: Disk, step: Step) -> Iterator[Image]:
         if isinstance(step, Sync | SyncNames) and disk.pending:
-            kinds = (disk.everything, disk.without_names, *[lambda: disk.torn(chance)] * 4)
-            yield from (kind() for kind in chance.sample(kinds, 2))
+            if chance.random() < 0.5:
+                yield chance.choice((disk.everything, disk.without_names))()
+            yield disk.torn(chance)
             yield chance.choice((disk.without, disk.alone))(chance.randrange(disk.pending))
         elif isinstance(step, Name | SyncNames | Mark):
             yield from (disk.nothing(), disk.everything(), disk.without_names())

@@ -4,6 +4,7 @@ A run follows from its seed as far as the machine's timing lets it, and a failur
 `TUNLEDGER_TEST_SEED=17 tests/run tests/faults/test_random.py` runs that one again.
 """
 
+import http.client
 import os
 import random
 import signal
@@ -33,6 +34,8 @@ class Run:
         self.world, self.rng, self.journal = world, random.Random(seed), list[str]()
         self.outside: LinuxOutside | None = None
         self.squatted: set[str] = set()
+        # A change cannot be taken back while a stranger has the name; so a run has either deadlines or squatters.
+        self.squats = self.rng.random() < 0.5
         self.keys = 0
 
     # -- commands
@@ -61,7 +64,7 @@ class Run:
         if rng.random() < 0.4:
             self.keys += 1
             key = f"key-{self.keys}"
-        confirm = "?confirm_within_s=1" if rng.random() < 0.1 else ""
+        confirm = "?confirm_within_s=1" if rng.random() < 0.1 and not self.squats else ""
         path = f"/api/v1/interfaces/{name}"
         match rng.randrange(8):
             case 0 | 1:
@@ -133,10 +136,21 @@ class Run:
         except OSError as error:
             self.journal.append(f"outside: {error}")  # gone, or in use
 
+    def traffic(self) -> None:
+        """Packets for an interface of ours, and a look at what was counted."""
+        for link in self.world.ours().values():
+            if link.up and any("." in address for address in link.addresses):
+                try:
+                    self.world.traffic(link.name, packets=20)
+                    self.world.note_counters()
+                    self.journal.append(f"traffic on {link.name}")
+                except (OSError, http.client.HTTPException):
+                    return  # down, or gone by now; or the service is
+
     def squat(self) -> None:
         """Somebody takes a name that is free on the host, though one of ours may be declared under it."""
         free = [name for name in NAMES if name not in self.world.host.links()]
-        if free and len(self.squatted) < 2:
+        if free and self.squats and len(self.squatted) < 2:
             name = self.rng.choice(free)
             try:
                 self.world.plant(name)
@@ -195,8 +209,8 @@ class Run:
                 self.journal.append(f"start {order}")
                 if self.world.try_start(**{VARIABLE: order}):
                     for _ in range(steps):
-                        acts = (self.command, self.burst, self.drift, self.squat, self.leave)
-                        rng.choices(acts, (10, 2, 4, 1, 2))[0]()
+                        acts = (self.command, self.burst, self.drift, self.traffic, self.squat, self.leave)
+                        rng.choices(acts, (10, 2, 4, 2, 1, 2))[0]()
                         if not self.world.alive():
                             break
                 self.end()

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from service.domain import events as ev
 from tests.faults.cases import AT_ONCE, SEED, Traces, at_once, folder_of, holds_and_works, parts
 from tests.faults.counts import count
 from tests.faults.scenarios import VARIABLE
+from tests.faults.world import World
 
 DEPTH = 3
 
@@ -36,6 +38,19 @@ def crash_again_and_again(folder: Path, case: str, longest: int) -> None:
             world.assert_dead_is_sound()
         world.start()
         holds_and_works(world)
+        assert_next_start_finds_nothing(world)
+
+
+def assert_next_start_finds_nothing(world: World) -> None:
+    """A start after a crash of a settled service records itself, has packets read again, and does nothing else."""
+    before = world.query("SELECT max(position) FROM events")[0][0]
+    world.kill()
+    world.start()
+    world.assert_holds()
+    expected = (ev.ServiceStarted, ev.StartupReconciled)
+    for event in (each for each in world.service.events() if each.position > before):
+        resumed = isinstance(event.body, ev.DriftDetected | ev.DriftRepaired) and "processing" in str(event.body)
+        assert isinstance(event.body, expected) or resumed, f"{world.case}: the next start found {event.body}"
 
 
 def cases_of(traces: Traces, rng: random.Random, number: int) -> list[str]:

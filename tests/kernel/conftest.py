@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -17,10 +17,15 @@ from tests.namespace import fresh_namespace
 
 @dataclass(frozen=True)
 class Host:
-    """A kernel under test, and the hand of everybody else on its host."""
+    """A kernel under test, and the hand of everybody else on its host.
+
+    Attributes:
+        vouched: the ifindexes that the kernel is vouched for.
+    """
 
     kernel: Kernel
     outside: Outside
+    vouched: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,9 @@ def netns() -> Iterator[None]:
 
 @pytest.fixture
 def linux(netns: None) -> Iterator[LinuxHost]:
-    kernel, outside = LinuxKernel(), LinuxOutside()
-    yield LinuxHost(kernel, outside)
+    vouched: set[int] = set()
+    kernel, outside = LinuxKernel(vouched=lambda ifindex, _token: ifindex in vouched), LinuxOutside()
+    yield LinuxHost(kernel, outside, vouched)
     outside.close()
     kernel.close()
 
@@ -69,6 +75,7 @@ def host(request: pytest.FixtureRequest) -> Iterator[Host]:
         real: LinuxHost = request.getfixturevalue("linux")
         yield real
     else:
-        kernel = FakeKernel()
-        yield Host(kernel, kernel.outside)
+        vouched: set[int] = set()
+        kernel = FakeKernel(vouched=lambda ifindex, _token: ifindex in vouched)
+        yield Host(kernel, kernel.outside, vouched)
         kernel.close()

@@ -28,6 +28,7 @@ IFF_TUN, IFF_TAP, IFF_NO_PI, IFF_MULTI_QUEUE, IFF_TUN_EXCL = 0x1, 0x2, 0x1000, 0
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x1, 0x4, 0x100, 0x200, 0x400
 RTM_NEWLINK, RTM_DELLINK, RTM_SETLINK, RTM_NEWADDR, RTM_DELADDR, RTM_NEWROUTE = 16, 17, 19, 20, 21, 24
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_TXQLEN, IFLA_LINKINFO, IFLA_IFALIAS, IFLA_INFO_KIND = 1, 3, 4, 13, 18, 20, 1
+IFLA_GROUP = 27
 IFA_ADDRESS, IFA_LOCAL = 1, 2
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_MULTIPATH, RTA_TABLE = 1, 4, 5, 9, 15
 RT_TABLE_MAIN, RT_TABLE_LOCAL = 254, 255
@@ -42,6 +43,7 @@ class Outside(Protocol):
     def delete(self, name: str) -> None: ...
     def rename(self, name: str, new: str) -> None: ...
     def set_alias(self, name: str, alias: str) -> None: ...
+    def set_link_group(self, name: str, group: int) -> None: ...
     def set_mtu(self, name: str, mtu: int) -> None: ...
     def set_txqueuelen(self, name: str, packets: int) -> None: ...
     def set_mac(self, name: str, mac: str) -> None: ...
@@ -111,6 +113,9 @@ class LinuxOutside:
 
     def set_alias(self, name: str, alias: str) -> None:
         self._link(name, attr(IFLA_IFALIAS, alias.encode()))
+
+    def set_link_group(self, name: str, group: int) -> None:
+        self._link(name, attr(IFLA_GROUP, u32(group)))
 
     def set_mtu(self, name: str, mtu: int) -> None:
         self._link(name, attr(IFLA_MTU, u32(mtu)))

@@ -4,7 +4,7 @@ What the fake is for (planning by the thousand) is worth as much as this test.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -18,12 +18,13 @@ from service.domain.plan import Sight, differences, plan
 from service.domain.spec import InterfaceSpec, check
 from service.domain.values import InterfaceName, Mode
 from service.kernel.fake import FakeKernel
+from service.kernel.linux import LinuxKernel
 from service.reconcile.converge import Wanted, sights
 from service.reconcile.hands import Kernel
 from tests.domain.test_convergence import ADDRESSES, MTUS, SPECS
 from tests.kernel.conftest import LinuxHost
 from tests.kernel.outside import Outside
-from tests.kernel.test_contract import OTHER, OURS
+from tests.kernel.test_contract import OTHER, OURS, token
 
 pytestmark = pytest.mark.kernel
 
@@ -45,12 +46,14 @@ STEPS: list[some.SearchStrategy[st.Step]] = [
     some.builds(st.RemoveAddress, NAME, ADDRESSES),
     some.builds(st.SetUp, NAME),
     some.builds(st.SetDown, NAME),
+    some.builds(st.SetLinkGroup, NAME, some.integers(0, 2)),
 ]
 VERBS: list[some.SearchStrategy[tuple[Any, ...]]] = [
     some.tuples(some.just("delete"), NAME),
     some.tuples(some.just("rename"), NAME, NAME),
     some.tuples(some.just("set_alias"), NAME, some.sampled_from([str(OURS), str(OTHER), "mine"])),
     some.tuples(some.just("set_mtu"), NAME, MTUS),
+    some.tuples(some.just("set_link_group"), NAME, some.integers(0, 2)),
     some.tuples(some.just("set_up"), NAME, some.booleans()),
     some.tuples(some.just("add_address"), NAME, ADDRESSES),
     some.tuples(some.just("remove_address"), NAME, ADDRESSES),
@@ -118,6 +121,71 @@ def test_fake_and_real_kernel_agree_on_anything(linux: LinuxHost, doings: list[s
             results = [tried(lambda k=k, s=step: k.execute(OURS, [s])) for k in (linux.kernel, fake)]  # type: ignore[misc]
             assert results[0] == results[1], f"{step}: Linux, then the fake"
         assert looks(linux.kernel) == looks(fake), f"after {doing}, Linux, then the fake"
+
+
+@dataclass(frozen=True)
+class Put:
+    """A step that names an ifindex, for the link that has a name when its turn comes."""
+
+    kind: type[st.DeleteLink | st.SetAlias]
+    name: InterfaceName
+
+    def step(self, kernel: Kernel) -> st.Step:
+        link = kernel.observe().links.get(self.name)
+        return self.kind(self.name, link.ifindex if link else 999_999, MINE[self.name])
+
+
+MINE = dict(zip(NAMES, (OURS, OTHER, token(3)), strict=True))
+
+
+@some.composite
+def batches(draw: some.DrawFn) -> dict[InterfaceName, list[st.Step | Put]]:
+    """For each of some interfaces, steps on the link that has its name at first."""
+    work: dict[InterfaceName, list[st.Step | Put]] = {}
+    for name in draw(some.lists(NAME, min_size=1, max_size=3, unique=True)):
+        steps: list[some.SearchStrategy[st.Step | Put]] = [
+            some.just(st.CreateLink(name, MINE[name], Mode.TUN, False, None, None)),
+            some.builds(Put, some.sampled_from([st.DeleteLink, st.SetAlias]), some.just(name)),
+            some.builds(st.SetMtu, some.just(name), MTUS | some.just(67)),
+            some.builds(st.AddAddress, some.just(name), ADDRESSES),
+            some.builds(st.SetUp, some.just(name)),
+            some.builds(st.SetLinkGroup, some.just(name), some.integers(0, 2)),
+        ]
+        work[name] = draw(some.lists(some.one_of(steps), max_size=5))
+    return work
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    doings=some.lists(batches() | some.integers(0, len(VERBS) - 1).flatmap(VERBS.__getitem__), min_size=2, max_size=10)
+)
+def test_fake_and_real_kernel_agree_on_any_batch(
+    linux: LinuxHost, doings: list[dict[InterfaceName, list[st.Step | Put]] | tuple[Any, ...]]
+) -> None:
+    """All are vouched for in both, so that an alias is put back wherever link and name still are as they were seen."""
+    cleared(linux)
+    fake = FakeKernel(vouched=lambda _ifindex, _token: True)
+    real = LinuxKernel(vouched=lambda _ifindex, _token: True)
+    try:
+        for doing in doings:
+            note(str(doing))
+            if isinstance(doing, tuple):
+                outside(linux.outside, *doing)
+                outside(fake.outside, *doing)
+                continue
+            results = []
+            for kernel in (real, fake):
+                errors = kernel.execute_many(
+                    [
+                        (MINE[name], [step.step(kernel) if isinstance(step, Put) else step for step in steps])
+                        for name, steps in doing.items()
+                    ]
+                )
+                results.append([error and (error.code, error.errno_name, error.retry) for error in errors])
+            assert results[0] == results[1], "Linux, then the fake"
+            assert looks(real) == looks(fake), f"after {doing}, Linux, then the fake"
+    finally:
+        real.close()
 
 
 def passes(spec: InterfaceSpec) -> bool:

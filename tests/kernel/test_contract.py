@@ -214,6 +214,7 @@ def test_recreate_gives_a_new_device_of_the_other_mode(host: Host) -> None:
         (st.SetTxQueueLen(TUN0, 0), "txqueuelen", 0),
         (st.SetTxQueueLen(TUN0, 1_000_000), "txqueuelen", 1_000_000),
         (st.SetUp(TUN0), "up", True),
+        (st.SetLinkGroup(TUN0, 7), "link_group", 7),
         (st.SetOwner(TUN0, 1000, None), "owner", 1000),
         (st.SetOwner(TUN0, None, 4_000_000_000), "group", 4_000_000_000),
     ],
@@ -319,6 +320,7 @@ CHANGES = [
     st.AddAddress(TUN0, addr("10.0.0.9/24")),
     st.RemoveAddress(TUN0, addr("10.0.0.1/24")),
     st.AdoptLink(TUN0, 0),
+    st.SetLinkGroup(TUN0, 7),
 ]
 
 
@@ -372,6 +374,274 @@ def test_everything_we_do_leaves_strangers_as_they_were(host: Host) -> None:
     os.close(host.kernel.open_device(st.StartProcessing(TUN0, OURS.interface_id, Mode.TUN, False), OURS))
     host.kernel.execute(OURS, [st.DeleteLink("tun0", old.ifindex, OURS)])
     assert others(host) == before
+
+
+# -- whose was it
+
+
+def set_alias(host: Host, name: str = "tun0", token: Token = OURS) -> st.SetAlias:
+    return st.SetAlias(name, seen(host, name).ifindex, token)
+
+
+def test_an_alias_is_put_back_on_a_link_that_is_vouched_for(host: Host) -> None:
+    before = made(host, st.AddAddress(TUN0, addr("10.0.0.1/24")))
+    host.outside.set_alias("tun0", "somebody's")
+    host.vouched.add(before.ifindex)
+    host.kernel.execute(OURS, [set_alias(host), st.SetMtu(TUN0, 1400)])
+    assert seen(host) == replace(before, mtu=1400)
+
+
+def test_an_alias_is_put_back_under_the_name_that_somebody_gave_the_link(host: Host) -> None:
+    before = made(host)
+    host.outside.rename("tun0", "elsewhere")
+    host.outside.set_alias("elsewhere", "")
+    host.vouched.add(before.ifindex)
+    host.kernel.execute(OURS, [set_alias(host, "elsewhere"), st.SetName(TUN0, "elsewhere")])
+    assert seen(host) == before
+
+
+def test_no_alias_is_put_on_a_link_that_nobody_vouches_for(host: Host) -> None:
+    made(host)
+    host.outside.set_alias("tun0", "somebody's")
+    before = others(host, ())
+    assert refusal(host, set_alias(host), st.SetMtu(TUN0, 1400)).code is ErrorCode.NAME_TAKEN
+    assert others(host, ()) == before
+
+
+def test_a_link_that_bears_our_token_needs_nobody_to_vouch_for_it(host: Host) -> None:
+    before = made(host)
+    host.kernel.execute(OURS, [set_alias(host), st.SetMtu(TUN0, 1400)])
+    assert seen(host) == replace(before, mtu=1400)
+
+
+@pytest.mark.parametrize("change", ["renamed", "bridge", "another's token"])
+def test_no_alias_is_put_on_what_is_not_as_it_was_seen(host: Host, change: str) -> None:
+    made(host)
+    host.outside.set_alias("tun0", "somebody's")
+    step = set_alias(host)
+    host.vouched.add(step.ifindex)
+    if change == "renamed":
+        host.outside.rename("tun0", "elsewhere")
+    elif change == "bridge":
+        host.outside.delete("tun0")
+        host.outside.add_link("tun0", ifindex=step.ifindex)
+    else:
+        step = replace(step, token=OTHER)
+    before = others(host, ())
+    assert refusal(host, step).code is ErrorCode.NAME_TAKEN
+    assert others(host, ()) == before
+
+
+def test_no_alias_is_put_on_a_link_that_has_the_name_of_one_that_is_gone(host: Host) -> None:
+    made(host)
+    step = set_alias(host)
+    host.vouched.add(step.ifindex)
+    host.outside.delete("tun0")
+    host.outside.add_link("tun0", Mode.TUN)
+    before = others(host, ())
+    error = refusal(host, step)
+    assert (error.code, error.errno_name) == (ErrorCode.DEVICE_GONE, "ENODEV")
+    assert others(host, ()) == before
+
+
+# -- many at once
+
+
+def token(number: int) -> Token:
+    return Token(NODE, InterfaceId(f"00000000-0000-7000-8000-{number:012x}"))
+
+
+def named(number: int) -> InterfaceName:
+    return InterfaceName(f"tun{number}")
+
+
+Work = list[tuple[Token, list[st.Step]]]
+
+
+def fresh(number: int, *steps: st.Step) -> tuple[Token, list[st.Step]]:
+    return token(number), [creation(named(number), token(number)), *steps]
+
+
+def all_made(host: Host, count: int) -> dict[int, ObservedLink]:
+    """tun0 to tun<count - 1>, each of an interface of its own."""
+    assert host.kernel.execute_many([fresh(n) for n in range(count)]) == [None] * count
+    links = host.kernel.observe().links
+    return {n: links[named(n)] for n in range(count)}
+
+
+def removal(number: int, link: ObservedLink) -> tuple[Token, list[st.Step]]:
+    return token(number), [st.DeleteLink(link.name, link.ifindex, token(number))]
+
+
+def codes(errors: list[TunledgerError | None]) -> list[ErrorCode | None]:
+    return [error.code if error else None for error in errors]
+
+
+def test_no_work_is_no_work(host: Host) -> None:
+    before = others(host, ())
+    assert host.kernel.execute_many([]) == []
+    assert host.kernel.execute_many([(OURS, []), (OTHER, [])]) == [None, None]
+    assert others(host, ()) == before
+
+
+def test_three_hundred_are_made_and_set_up_in_one_batch(host: Host) -> None:
+    work: Work = []
+    for n in range(300):
+        address = addr(f"10.{n // 250}.{n % 250}.1/24")
+        work.append(fresh(n, st.SetMtu(named(n), 1300 + n), st.AddAddress(named(n), address), st.SetUp(named(n))))
+    assert host.kernel.execute_many(work) == [None] * 300
+    links = host.kernel.observe().links
+    for n in range(300):
+        link = links[named(n)]
+        assert (link.token, link.mtu, link.up, link.persist) == (token(n), 1300 + n, True, True)
+        assert [str(a) for a in link.addresses] == [f"10.{n // 250}.{n % 250}.1/24"]
+
+
+def test_three_hundred_leave_together_and_strangers_stay(host: Host) -> None:
+    host.outside.add_link("tun1000", Mode.TUN, alias="somebody's")
+    host.outside.add_link("br0", alias=str(OURS))
+    host.outside.set_link_group("tun1000", 7)
+    links = all_made(host, 300)
+    before = others(host, {link.name for link in links.values()})
+    assert host.kernel.execute_many([removal(n, link) for n, link in links.items()]) == [None] * 300
+    assert others(host, ()) == before
+
+
+def test_a_member_that_fails_fails_alone(host: Host) -> None:
+    host.outside.add_link("tun1", Mode.TUN, alias="somebody's")
+    host.outside.add_link("tun5", Mode.TAP)
+    before = others(host, {named(n) for n in (0, 2, 3, 4, 6)})
+    up = [st.SetUp(named(n)) for n in range(7)]
+    errors = host.kernel.execute_many(
+        [
+            fresh(0, up[0]),
+            fresh(1, up[1]),  # the name is somebody's
+            fresh(2, st.SetMtu(named(2), 1), up[2]),
+            fresh(3, st.SetMtu(named(3), 1000), st.AddAddress(named(3), addr("2001:db8::1/64")), up[3]),
+            (token(4), [st.SetMtu(named(4), 1400), up[4]]),  # there is none
+            (token(5), [st.SetMtu(named(5), 1400), up[5]]),  # not ours
+            fresh(6, up[6]),
+        ]
+    )
+    taken, gone, refused = ErrorCode.NAME_TAKEN, ErrorCode.DEVICE_GONE, ErrorCode.KERNEL_REFUSED
+    assert codes(errors) == [None, taken, refused, refused, gone, taken, None]
+    assert [str(error).split(":")[0] for error in errors if error][1:3] == [
+        "ip link set tun2 mtu 1",
+        "ip address replace 2001",
+    ]
+    links = host.kernel.observe().links
+    assert {name: link.up for name, link in links.items() if link.token} == {
+        "tun0": True,
+        "tun2": False,
+        "tun3": False,
+        "tun6": True,
+    }
+    assert others(host, {named(n) for n in (0, 2, 3, 4, 6)}) == before
+
+
+def test_each_member_has_its_steps_done_in_order(host: Host) -> None:
+    """Another order leaves another address, name or state behind."""
+    links = all_made(host, 2)
+    host.outside.rename("tun1", "elsewhere")
+    errors = host.kernel.execute_many(
+        [
+            (
+                token(0),
+                [
+                    st.SetUp(TUN0),
+                    st.AddAddress(TUN0, addr("2001:db8::1/64")),
+                    st.SetDown(TUN0),
+                    st.AddAddress(TUN0, addr("2001:db8::2/64")),
+                    st.SetMtu(TUN0, 1300),
+                    st.SetMtu(TUN0, 1400),
+                ],
+            ),
+            (
+                token(1),
+                [
+                    st.SetName(InterfaceName("between"), "elsewhere"),
+                    st.SetName(TUN1, "between"),
+                    st.SetMtu(TUN1, 1000),
+                    st.SetMtu(TUN1, 1500),
+                    st.AddAddress(TUN1, addr("2001:db8::1/64")),
+                ],
+            ),
+        ]
+    )
+    assert errors == [None, None]
+    assert addresses(host) == ["2001:db8::2/64"]
+    assert (seen(host).mtu, seen(host).up) == (1400, False)
+    assert (addresses(host, "tun1"), seen(host, "tun1").ifindex) == (["2001:db8::1/64"], links[1].ifindex)
+
+
+def test_a_link_that_goes_in_the_middle_fails_alone(host: Host) -> None:
+    """Its own delete makes it go, since nobody else can get a word in on both kernels."""
+    links = all_made(host, 2)
+    errors = host.kernel.execute_many(
+        [
+            (token(0), [st.SetMtu(TUN0, 1400), *removal(0, links[0])[1], st.SetUp(TUN0)]),
+            (token(1), [st.SetMtu(TUN1, 1400), st.SetTxQueueLen(TUN1, 7), st.SetUp(TUN1)]),
+        ]
+    )
+    assert codes(errors) == [ErrorCode.DEVICE_GONE, None]
+    assert str(errors[0]) == "ip link set tun0 up: the link is gone (tun0 does not exist any more)"
+    assert "tun0" not in there(host)
+    assert (seen(host, "tun1").mtu, seen(host, "tun1").txqueuelen, seen(host, "tun1").up) == (1400, 7, True)
+
+
+def test_a_name_that_one_gives_up_is_free_for_another(host: Host) -> None:
+    links = all_made(host, 1)
+    errors = host.kernel.execute_many([(OTHER, [creation("tun0", OTHER)]), removal(0, links[0])])
+    assert errors == [None, None]
+    assert seen(host).token == OTHER
+
+
+def test_recreating_many_gives_new_devices(host: Host) -> None:
+    links = all_made(host, 20)
+    work: Work = [
+        (token(n), [*removal(n, link)[1], creation(named(n), token(n), mode=Mode.TAP)]) for n, link in links.items()
+    ]
+    assert host.kernel.execute_many(work) == [None] * 20
+    after = host.kernel.observe().links
+    assert {after[named(n)].mode for n in links} == {Mode.TAP}
+    assert not {after[named(n)].ifindex for n in links} & {link.ifindex for link in links.values()}
+
+
+def test_delete_of_many_leaves_what_is_not_ours_any_more(host: Host) -> None:
+    links = all_made(host, 6)
+    host.outside.set_alias("tun1", "somebody's")
+    host.outside.set_link_group("tun1", 7)
+    host.outside.delete("tun2")
+    host.outside.delete("tun3")
+    host.outside.add_link("tun3", Mode.TUN)  # the name again
+    host.outside.delete("tun4")
+    host.outside.add_link("br0", ifindex=links[4].ifindex)  # the ifindex again
+    before = others(host, {"tun0", "tun5"})
+    errors = host.kernel.execute_many([removal(n, link) for n, link in links.items()])
+    assert codes(errors) == [None, ErrorCode.NAME_TAKEN, None, None, ErrorCode.NAME_TAKEN, None]
+    assert others(host, ()) == before
+
+
+def test_one_link_may_be_deleted_twice_in_a_batch(host: Host) -> None:
+    links = all_made(host, 2)
+    work = [removal(0, links[0]), removal(0, links[0]), removal(1, links[1])]
+    host.outside.set_alias("tun0", "somebody's")
+    assert codes(host.kernel.execute_many(work)) == [ErrorCode.NAME_TAKEN, ErrorCode.NAME_TAKEN, None]
+    host.outside.set_alias("tun0", links[0].alias)
+    assert host.kernel.execute_many(work) == [None] * 3
+    assert not there(host) & {"tun0", "tun1"}
+
+
+def test_a_link_that_a_crash_left_in_a_group_for_removals_is_put_back_or_removed(host: Host) -> None:
+    links = all_made(host, 3)
+    group = st.REMOVAL_GROUPS[5]
+    for n in range(3):
+        host.outside.set_link_group(named(n), group)
+    assert {seen(host, named(n)).link_group for n in range(3)} == {group}
+    work: Work = [(token(0), [st.SetLinkGroup(TUN0, 0)]), removal(1, links[1]), removal(2, links[2])]
+    assert host.kernel.execute_many(work) == [None] * 3
+    assert seen(host) == links[0]
+    assert not there(host) & {"tun1", "tun2"}
 
 
 # -- addresses
@@ -459,6 +729,36 @@ def test_observe_by_name_says_that_it_is_not_everything(host: Host) -> None:
     assert everything.by_interface("ffffffffffff") == {}
 
 
+def test_observe_finds_many_names_and_passes_over_those_that_are_not(host: Host) -> None:
+    work = [fresh(n, st.AddAddress(named(n), addr(f"10.0.{n}.1/24"))) for n in range(12)]
+    assert host.kernel.execute_many(work) == [None] * 12
+    host.outside.add_link("br0")
+    wanted = [name for n in range(12) for name in (named(n), f"nothing{n}")]
+    some, everything = host.kernel.observe(wanted), host.kernel.observe()
+    assert dict(some.links) == {name: link for name, link in everything.links.items() if name in wanted}
+    assert [str(some.links[named(n)].addresses[0]) for n in range(12)] == [f"10.0.{n}.1/24" for n in range(12)]
+
+
+def test_what_changed_is_seen_at_the_next_look(host: Host) -> None:
+    """Also by a kernel that remembers what it saw."""
+    before = made(host, st.AddAddress(TUN0, addr("10.0.0.1/24")))
+    for _ in range(2):
+        assert host.kernel.observe().links["tun0"] == before
+    host.outside.set_mtu("tun0", 1400)
+    assert host.kernel.observe().links["tun0"].mtu == 1400
+    host.outside.add_address("tun0", addr("10.0.1.1/24"))
+    assert {str(a) for a in host.kernel.observe().links["tun0"].addresses} == {
+        "10.0.0.1/24",
+        "10.0.1.1/24",
+    }
+    host.outside.remove_address("tun0", addr("10.0.0.1/24"))
+    assert [str(a) for a in host.kernel.observe().links["tun0"].addresses] == ["10.0.1.1/24"]
+    host.outside.set_alias("tun0", "")
+    assert host.kernel.observe().links["tun0"].token is None
+    host.outside.delete("tun0")
+    assert "tun0" not in host.kernel.observe().links
+
+
 def test_sample_has_tuns_and_taps_only(host: Host) -> None:
     link = made(host)
     host.outside.add_link("br0")
@@ -468,23 +768,32 @@ def test_sample_has_tuns_and_taps_only(host: Host) -> None:
 
 
 def networks(host: Host, node: str = NODE) -> set[tuple[str, str, str]]:
-    found = host.kernel.survey("tun0", node, networks=True).networks
+    found = host.kernel.survey(["tun0"], node, networks=True).networks
     return {(str(n.network), n.ifname, n.source) for n in found if n.ifname != "lo"}
 
 
 def test_survey_names_a_stranger_with_the_name(host: Host) -> None:
-    assert dict(host.kernel.survey("tun0", NODE, networks=False).occupants) == {}
+    assert dict(host.kernel.survey(["tun0"], NODE, networks=False).occupants) == {}
     index = host.outside.add_link("tun0", Mode.TUN, alias="somebody's")
-    occupants = host.kernel.survey("tun0", NODE, networks=False).occupants
+    occupants = host.kernel.survey(["tun0"], NODE, networks=False).occupants
     assert [(name, link.ifindex, link.alias) for name, link in occupants.items()] == [("tun0", index, "somebody's")]
-    assert host.kernel.survey("tun1", NODE, networks=True).occupants == {}
+    assert host.kernel.survey(["tun1"], NODE, networks=True).occupants == {}
+
+
+def test_survey_tells_of_many_names_in_one_look(host: Host) -> None:
+    made(host)
+    host.outside.add_link("tun1", Mode.TUN)
+    host.outside.add_link("tun2", alias="somebody's")
+    found = host.kernel.survey(["tun0", "tun1", "tun2", "tun3"], NODE, networks=True)
+    assert {name: link.name for name, link in found.occupants.items()} == {"tun1": "tun1", "tun2": "tun2"}
+    assert found.networks == host.kernel.survey(["tun3"], NODE, networks=True).networks
 
 
 def test_survey_does_not_take_ours_for_a_stranger(host: Host) -> None:
     made(host, st.AddAddress(TUN0, addr("10.0.0.1/24")), st.SetUp(TUN0))
-    assert host.kernel.survey("tun0", NODE, networks=False).occupants == {}
+    assert host.kernel.survey(["tun0"], NODE, networks=False).occupants == {}
     assert networks(host) == set()
-    assert "tun0" in host.kernel.survey("tun0", "ffffffffffff", networks=False).occupants, (
+    assert "tun0" in host.kernel.survey(["tun0"], "ffffffffffff", networks=False).occupants, (
         "another node's is a stranger"
     )
     assert ("10.0.0.0/24", "tun0", "address") in networks(host, "ffffffffffff")
@@ -504,11 +813,11 @@ def test_survey_gives_strangers_addresses_and_routes_but_no_default_route(host: 
         ("2001:db8::/64", "vpn0", "address"),
         ("10.2.0.0/16", "vpn0", "route"),
     }
-    assert host.kernel.survey("tun0", NODE, networks=False).networks == ()
+    assert host.kernel.survey(["tun0"], NODE, networks=False).networks == ()
 
 
 def test_survey_knows_that_loopback_is_in_use(host: Host) -> None:
-    found = host.kernel.survey("tun0", NODE, networks=True).networks
+    found = host.kernel.survey(["tun0"], NODE, networks=True).networks
     assert {str(n.network) for n in found if n.ifname == "lo"} >= {"127.0.0.0/8", "::1/128"}
 
 

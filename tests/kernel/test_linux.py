@@ -386,5 +386,5 @@ def test_tun_flags_are_those_of_the_headers(linux: LinuxHost) -> None:
 
 
 def test_survey_of_a_name_it_may_not_have(linux: LinuxHost) -> None:
-    assert linux.kernel.survey("lo", NODE, networks=False).occupants["lo"].ifindex == 1
-    assert linux.kernel.survey(TUN1, NODE, networks=False).occupants == {}
+    assert linux.kernel.survey(["lo"], NODE, networks=False).occupants["lo"].ifindex == 1
+    assert linux.kernel.survey([TUN1], NODE, networks=False).occupants == {}

@@ -278,12 +278,28 @@ def test_only_what_bears_a_token_is_watched_and_an_alias_does_not_change_whose_i
     assert not watch.pending, "that is what was seen"
 
 
+def test_who_holds_a_token_is_known_as_long_as_it_is_watched() -> None:
+    watch = a_watch()
+    watch.settled(watch.mark(), [seen(ifindex=8, alias=str(OTHER))])
+    held = watch.holder(TOKEN), watch.holder(OTHER), watch.watching
+    assert held == (INDEX, 8, 2)
+    tell(watch, DELLINK, a_link(8))
+    held = watch.holder(TOKEN), watch.holder(OTHER), watch.watching
+    assert held == (INDEX, None, 1)
+    watch.settled(watch.mark(), [seen(ifindex=9)])
+    tell(watch, DELLINK, a_link())
+    assert watch.holder(TOKEN) == 9, "it was made anew before the old one went"
+    watch.deafen()
+    assert watch.holder(TOKEN) is None
+
+
 def test_what_is_forgotten_is_neither_watched_nor_news() -> None:
     watch = a_watch()
     tell(watch, NEWLINK, a_link(mtu=1300))
     watch.forget([INDEX, 99])
     assert not watch.pending
     assert not watch.vouches(INDEX, TOKEN)
+    assert watch.holder(TOKEN) is None
 
 
 def test_names_that_others_take_and_give_back_are_news_once_each() -> None:
@@ -678,25 +694,48 @@ def test_a_change_after_the_look_and_before_it_is_settled_wakes(listener: Listen
     assert changed == {listener.ifindex}
 
 
+@pytest.fixture
+def unread(linux: LinuxHost) -> Iterator[Listener]:
+    """A monitor without its thread: nobody else reads, or sleeps through a kick."""
+    monitor = Monitor(lambda: None)
+    monitor._kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    monitor._open()
+    yield Listener(linux, monitor, threading.Event())
+    monitor.close()
+
+
 @pytest.mark.kernel
-def test_a_change_that_only_settling_shows_to_be_one_wakes(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
-    listener.make()
-    asleep, wait = threading.Event(), Monitor._wait
+def test_a_change_that_only_settling_shows_to_be_one_is_left_to_the_thread_to_tell(unread: Listener) -> None:
+    monitor = unread.monitor
+    unread.make()
+    monitor.forget([unread.ifindex])
+    mark = monitor.drain()
+    link = unread.kernel.observe(["ours0"]).links["ours0"]
+    unread.outside.set_mtu("ours0", 1300)
+    monitor.drain()
+    assert os.eventfd_read(monitor._kick), "in `make`"
+    monitor.settled(mark, [link])
+    assert os.eventfd_read(monitor._kick) == 1
+    assert set(monitor.take().changed) == {link.ifindex}
 
-    def waiting(monitor: Monitor) -> None:
-        asleep.set()
-        wait(monitor)
 
-    monkeypatch.setattr(Monitor, "_wait", waiting)
-    listener.monitor.forget([listener.ifindex])
-    mark = listener.monitor.drain()
-    link = listener.kernel.observe(["ours0"]).links["ours0"]
-    asleep.clear()
-    listener.outside.set_mtu("ours0", 1300)
-    wait_until_read(listener.monitor)
-    assert asleep.wait(10)
-    listener.monitor.settled(mark, [link])
-    assert set(listener.news().changed) == {listener.ifindex}
+@pytest.mark.kernel
+def test_what_somebody_else_reads_is_left_to_the_thread_to_tell(unread: Listener) -> None:
+    monitor, ifindex = unread.monitor, 0
+    reading: tuple[Callable[[], object], ...] = (
+        monitor.drain,
+        lambda: monitor.vouches(ifindex, TOKEN),
+        lambda: monitor.holder(TOKEN),
+    )
+    unread.make()
+    ifindex = unread.ifindex
+    assert os.eventfd_read(monitor._kick), "in `make`"
+    for i, read in enumerate(reading):
+        unread.outside.set_mtu("ours0", 1301 + i)
+        assert read()
+        assert os.eventfd_read(monitor._kick) == 1
+        assert set(monitor.take().changed) == {ifindex}
+        unread.settle()
 
 
 @pytest.mark.kernel
@@ -800,9 +839,9 @@ def test_threads_that_drain_and_take_at_once_lose_nothing(listener: Listener) ->
 
 
 @pytest.mark.kernel
-def test_what_somebody_else_drained_is_told_all_the_same(listener: Listener) -> None:
+def test_what_somebody_else_read_is_told_all_the_same(listener: Listener) -> None:
     listener.make()
-    for mtu in range(1301, 1321):
+    for mtu in range(1301, 1306):
         listener.outside.set_mtu("ours0", mtu)
         listener.monitor.drain()
         assert set(listener.news().changed) == {listener.ifindex}

@@ -102,6 +102,37 @@ def test_a_lock_that_cannot_be_made_says_where(tmp_path: Path) -> None:
     assert refusal.value.code is ErrorCode.LOG_UNAVAILABLE
 
 
+def test_a_lock_that_another_user_left_behind_says_whose_it_is(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """`sudo tunledger migrate`, and then the service as a user of its own."""
+    folder = tmp_path_factory.mktemp("owned")
+    with InstanceLock(folder / "log.db", WHO):
+        pass
+    code = (
+        "import os, sys; from pathlib import Path; from service.store.database import InstanceLock\n"
+        "from service.domain.errors import TunledgerError\n"
+        "path = Path(sys.argv[1]); os.chown(path.parent, 65534, 65534); os.chdir(path.parent); os.seteuid(65534)\n"
+        "try: InstanceLock(Path('log.db'), {}).__enter__()\n"
+        "except TunledgerError as error: print(error.code, error.message)"
+    )
+    if os.geteuid() != 0:
+        pytest.skip("missing: another user than this one, which root could be")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder / "log.db")],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    if "Operation not permitted" in done.stderr or "Invalid argument" in done.stderr:
+        pytest.skip("missing: another user than root in this namespace")
+    assert done.stdout.startswith(
+        "log_unavailable log.db.lock: belongs to uid 0 (mode 600), and this process is uid 6553"
+    )
+    assert "remove the file or give it" in done.stdout
+
+
 def test_the_lock_is_not_inherited_by_programs_that_are_started(tmp_path: Path) -> None:
     """A worker or an `ip` that outlives the service must not keep its lock."""
     database = tmp_path / "log.db"

@@ -3,17 +3,20 @@
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import sqlalchemy as sa
 
 from service.domain import events as ev
+from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.spec import InterfaceSpec
 from service.domain.values import InterfaceId, InterfaceName
 from service.store import reader as reading
 from service.store.reader import LogReader
-from tests.store.log import Log, draft, note
-from tests.store.samples import REQUEST
+from tests.store.log import NODE, Log, draft, note
+from tests.store.samples import REQUEST, SAMPLES
 
 
 def _live_and_die(log: Log, number: int, name: str) -> list[ev.Recorded]:
@@ -116,3 +119,43 @@ def test_reading_can_be_given_up_half_way(log: Log, reader: LogReader) -> None:
     for _ in range(30):  # more than there are connections
         next(iter(reader.events()))
     assert reader.head()[0] == 50
+
+
+def test_which_interfaces_the_log_has_ever_declared(log: Log, reader: LogReader) -> None:
+    """Retired and failed ones are among them; one that it only removed as an orphan is not."""
+
+    def identity(number: int) -> InterfaceId:
+        return InterfaceId(f"0192f0c0-0000-7000-8000-{number:012x}")
+
+    def record(sample: str, number: int) -> None:
+        body: Any = msgspec.structs.replace(SAMPLES[sample], interface_id=identity(number))
+        log.append(draft(body, ev.interface_stream(identity(number))))
+
+    for number in range(1, 8):
+        record("InterfaceDeclared", number)
+    for number in (1, 2):
+        record("InterfaceRetired", number)
+    record("CommandFailed", 3)
+    record("OrphanRemoved", 9)
+    everything = [identity(number) for number in range(20)]
+    assert reader.declared(everything) == {identity(number) for number in range(1, 8)}
+    assert reader.declared([]) == set()
+    many = [identity(number) for number in range(1000, 41_000)]  # more than SQLite takes variables
+    assert reader.declared([*many, identity(5)]) == {identity(5)}
+    assert reader.declared(["'; DROP TABLE events", "\n", ""]) == set()
+
+
+def test_a_log_whose_node_is_another_one_than_its_events_say_is_refused(path: Path, log: Log) -> None:
+    """Renamed, all interfaces of ours would be strangers'."""
+    log.close()
+    reader = LogReader(path)
+    try:
+        assert len(reader.node()) == 12, "nothing is in the log yet"
+        again = Log(path)
+        again.append(draft(SAMPLES["ServiceStopped"]))
+        again.close()
+        with pytest.raises(TunledgerError, match=f"the log is of node {NODE}, but the database says") as refused:
+            reader.node()
+        assert refused.value.code is ErrorCode.LOG_CORRUPT
+    finally:
+        reader.close()

@@ -4,6 +4,7 @@ import os
 import sqlite3
 import stat
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from service.domain import commands as cmd
 from service.domain import events as ev
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.values import InterfaceId, InterfaceName
-from service.store import answers, reserve, writer
+from service.store import answers, database, reserve, writer
 from service.store.answers import Reply
 from service.store.migrate import migrate
 from service.store.reader import LogReader, Walk
@@ -147,21 +148,29 @@ def test_when_the_deletes_have_used_their_part_up_outcomes_still_have_theirs(tmp
         sound(log.path, len(log.recorded))
 
 
-def test_those_that_must_wait_do_not_take_the_others_of_their_batch_along(disk: SmallDisk) -> None:
+def test_those_that_must_wait_do_not_take_the_others_of_their_batch_along(
+    disk: SmallDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "PROBE_S", 3600.0)
     with log_on(disk) as log:
         declare(log, 1)
         disk.fill()
         exhaust(log)
         # As if nothing were known of the disk yet: the batch has to find out by itself.
+        monkeypatch.setattr(log.writer, "_probe", lambda: False)
+        log.append(of("CommandApplied", 0))  # the writer is done with what it was about
         log.writer._full = None
         ran: list[str] = []
-        with closing(_held(log)):
-            waiting = [log.queue(draft(idle(1), "idle")), log.queue(of("InterfaceRetired", 0), draft(idle(2), "idle"))]
+        with log.held():
+            waiting: list[Future[Any]] = [
+                log.queue(draft(idle(1), "idle")),
+                log.queue(of("InterfaceRetired", 0), draft(idle(2), "idle")),
+                log.writer.run(lambda _: ran.append("a job")),
+            ]
             retired = log.queue(of("InterfaceRetired", 0))
-            job = log.writer.run(lambda _: ran.append("a job"))
             applied = log.queue(of("CommandApplied", 0))
             waiting.append(log.queue(draft(idle(3), "idle")))
-        for future in (*waiting, job):
+        for future in waiting:
             with pytest.raises(TunledgerError, match="no space left on the disk") as refused:
                 future.result(DEADLINE_S)
             assert refused.value.code is ErrorCode.LOG_FULL
@@ -169,23 +178,6 @@ def test_those_that_must_wait_do_not_take_the_others_of_their_batch_along(disk: 
         assert second.position == first.position + 1
         assert log.broken == []
         sound(log.path, len(log.recorded))
-
-
-class _held:  # noqa: N801  # reads as a call
-    """The writer busy with something that does not ask for room."""
-
-    def __init__(self, log: Log) -> None:
-        self._log = log
-        self._gate = log.writer._queue
-        self._waiting: list[Any] = []
-        self._put = log.writer._queue.put_nowait
-        log.writer._queue.put_nowait = self._waiting.append  # type: ignore[method-assign]
-
-    def close(self) -> None:
-        self._gate.put_nowait = self._put  # type: ignore[method-assign]
-        with self._gate.mutex:
-            self._gate.queue.extend(self._waiting)
-            self._gate.not_empty.notify()
 
 
 def test_while_it_is_full_nothing_that_waits_touches_the_disk(
@@ -245,9 +237,7 @@ def test_a_log_whose_disk_has_less_than_the_reserve_begins_by_refusing(tmpfs: Sm
     migrate(path, now=lambda: NOW)
     with closing(LogReader(path)) as reader:
         reader.head()  # there is a -shm now
-        tmpfs.fill()
-        with (tmpfs.folder / "ballast").open("r+b") as file:
-            file.truncate((tmpfs.folder / "ballast").stat().st_size - 1024 * 1024)
+        tmpfs.fill(but=1024 * 1024)
         log = Log(path)
         try:
             assert "no space left" in (log.writer.trouble() or "")
@@ -260,6 +250,16 @@ def test_a_log_whose_disk_has_less_than_the_reserve_begins_by_refusing(tmpfs: Sm
             log.close()
 
 
+def test_the_index_of_the_wal_has_all_its_blocks(disk: SmallDisk) -> None:
+    """A hole in what is mapped would end the process by SIGBUS once the disk is full. This ext4 has blocks of 1 KiB."""
+    with log_on(disk) as log:
+        found = log.path.with_name("log.db-shm").stat()
+        assert found.st_size == database.INDEX_BYTES
+        assert found.st_blocks * 512 >= database.INDEX_BYTES
+        log.append(draft(idle()))
+        sound(log.path, 1)
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Somebody in the middle of reading: checkpoints stop at what he sees."""
@@ -269,8 +269,11 @@ def _reading(path: Path) -> Iterator[None]:
         yield
 
 
-def test_an_index_of_the_wal_that_cannot_grow_is_a_full_disk_too(tmpfs: SmallDisk) -> None:
+def test_an_index_of_the_wal_that_cannot_grow_is_a_full_disk_too(
+    tmpfs: SmallDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SQLite finds out when the commit is in the -wal: what it then calls failed would be there after a crash."""
+    monkeypatch.setattr(database, "INDEX_BYTES", 1)  # it would need a -wal of 80 MB
     with log_on(tmpfs) as log:
         shm = log.path.with_name("log.db-shm")
         declare(log, 1)
@@ -297,7 +300,10 @@ def test_an_index_of_the_wal_that_cannot_grow_is_a_full_disk_too(tmpfs: SmallDis
         sound(copy, len(log.recorded))
 
 
-def test_a_commit_that_may_be_in_the_wal_though_it_failed_is_unknown_and_the_end(tmpfs: SmallDisk) -> None:
+def test_a_commit_that_may_be_in_the_wal_though_it_failed_is_unknown_and_the_end(
+    tmpfs: SmallDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "INDEX_BYTES", 1)
     with log_on(tmpfs) as log:
         with _reading(log.path):
             while log.writer._frames < 3900:
@@ -390,7 +396,7 @@ def test_what_may_use_the_reserve(name: str) -> None:
 @pytest.mark.parametrize("name", ["InterfaceReconfigured", "ProcessingDisabled", "ProcessingEnabled"])
 def test_a_change_that_is_taken_back_may_use_the_reserve(name: str) -> None:
     body: Any = SAMPLES[name]
-    request = cmd.Request(via="system", call="take_back", reverts="0192f0c0")  # type: ignore[arg-type]
+    request = cmd.Request(via="system", call="take_back", reverts="0192f0c0")
     assert claim_of([draft(msgspec.structs.replace(body, request=request))]) is Claim.LESS
 
 
@@ -448,7 +454,8 @@ def test_a_job_that_makes_a_mistake_fails_alone(log: Log) -> None:
 
     with log.held():
         before = log.queue(draft(note(1)))
-        bad = [log.writer.run(mistaken), log.writer.run(confused), log.writer.append([draft(note(2))], mistaken)]
+        bad: list[Future[Any]] = [log.writer.run(mistaken), log.writer.run(confused)]
+        bad.append(log.writer.append([draft(note(2))], mistaken))
         after = log.queue(draft(note(3)))
     for future in bad:
         with pytest.raises(TunledgerError, match="it cannot be written") as refused:

@@ -1,6 +1,9 @@
 """The disk is full, the disk fails, somebody else holds the lock: refused in words, and nothing half done."""
 
+import errno
 import json
+import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,10 +14,11 @@ from typing import Any
 import pytest
 
 from service.domain.errors import ErrorCode, TunledgerError
-from service.store import database
+from service.store import database, reserve
+from service.store.migrate import migrate
 from service.store.reader import LogReader
 from tests.store.conftest import OpenLog
-from tests.store.log import DEADLINE_S, Log, draft, note
+from tests.store.log import DEADLINE_S, NOW, Log, draft, note
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -152,3 +156,76 @@ def test_a_writer_that_finds_the_database_locked_does_not_start(path: Path, monk
     with _another_writer(path), pytest.raises(TunledgerError, match="another process holds") as refusal:
         Log(path)
     assert refusal.value.code is ErrorCode.LOG_UNAVAILABLE
+
+
+def test_a_migration_that_finds_the_database_locked_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It once said that the database was damaged."""
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 50)
+    path = tmp_path / "log.db"
+    path.touch()
+    with _another_writer(path), pytest.raises(TunledgerError, match="another process holds the database locked") as no:
+        migrate(path, now=lambda: NOW)
+    assert (no.value.code, no.value.retry) == (ErrorCode.LOG_UNAVAILABLE, True)
+    migrate(path, now=lambda: NOW)
+    database.require_current(path)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"),
+    [
+        (errno.ENOSPC, ErrorCode.LOG_FULL, "no space left on the disk; free some, writes then go on"),
+        (errno.EDQUOT, ErrorCode.LOG_FULL, "the disk quota is used up; free some, writes then go on"),
+        (errno.EROFS, ErrorCode.LOG_UNAVAILABLE, "the file system is read-only"),
+    ],
+)
+@pytest.mark.parametrize("name", ["SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE", "SQLITE_CANTOPEN"])
+def test_a_write_whose_errno_sqlite_keeps_to_itself_is_asked_about(
+    path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int, code: ErrorCode, words: str
+) -> None:
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorname = name
+    monkeypatch.setattr(reserve, "refusal", lambda _path: OSError(number, os.strerror(number)))
+    fault = database.refused(path, error)
+    assert fault is not None
+    assert (fault.code, fault.retry) == (code, True)
+    assert words in fault.message
+
+
+@pytest.mark.parametrize("name", ["SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE"])
+def test_a_write_that_failed_though_the_disk_takes_more_is_a_failure(path: Path, name: str) -> None:
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorname = name
+    fault = database.refused(path, error)
+    assert fault is not None
+    assert (fault.code, fault.retry) == (ErrorCode.LOG_UNAVAILABLE, False)
+    assert list(path.parent.glob("*.probe")) == []
+
+
+def test_a_failed_sync_is_never_taken_for_a_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorname = "SQLITE_IOERR_FSYNC"
+    monkeypatch.setattr(reserve, "refusal", lambda _path: OSError(errno.ENOSPC, "full"))
+    fault = database.refused(path, error)
+    assert fault is not None
+    assert (fault.code, fault.retry) == (ErrorCode.LOG_UNAVAILABLE, False)
+
+
+def test_a_commit_whose_sync_failed_is_unknown_and_the_end(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its frames may be in the -wal all the same: the next start may find it, so it must not be called refused."""
+    commit = sqlite3.OperationalError("disk I/O error")
+    commit.sqlite_errorname = "SQLITE_IOERR_FSYNC"
+    begin = log.writer._connection.begin  # type: ignore[union-attr]
+
+    @contextmanager
+    def failing() -> Iterator[None]:
+        with begin() as transaction:
+            yield
+            transaction.rollback()
+            raise commit
+
+    monkeypatch.setattr(log.writer._connection, "begin", failing)
+    for expected in (ErrorCode.OUTCOME_UNKNOWN, ErrorCode.LOG_UNAVAILABLE):
+        with pytest.raises(TunledgerError, match="SQLITE_IOERR_FSYNC") as refused:
+            log.append(draft(note()))
+        assert refused.value.code is expected, "what came later was not tried at all"
+    assert len(log.broken) == 1
