@@ -270,6 +270,7 @@ class _Service:
             knows=opened.reader.declared,
             publish=publish,
             frozen=opened.frozen,
+            obstacle=lacks_net_admin,
             keeper=CounterKeeper(
                 interval_s=self._config.counters.interval_s,
                 raw_s=self._config.counters.raw_s,
@@ -371,8 +372,6 @@ class _Service:
         failpoints.reach("app.start_up.before")
         starting = await self._start_up(engine, started)
         failpoints.reach("app.start_up.after")
-        if not has_net_admin():
-            engine.complain("no command can be carried out: CAP_NET_ADMIN is missing; run as root or grant it")
         orders = Orders(engine, self._clock, _defaults(self._config))
         if self._auditor is not None:
             self._auditor.start()
@@ -482,11 +481,16 @@ class _Service:
             self._server.should_exit = True
 
 
-def has_net_admin() -> bool:
-    """Whether this process may change links: CAP_NET_ADMIN in its effective set (capabilities(7))."""
-    status = Path("/proc/self/status").read_text()
+def lacks_net_admin() -> str | None:
+    """What to say if this process may not change links: CAP_NET_ADMIN in its effective set (capabilities(7))."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # no descriptor left: there is no telling
+        return None
     effective = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff"))
-    return bool(effective >> CAP_NET_ADMIN & 1)
+    if effective >> CAP_NET_ADMIN & 1:
+        return None
+    return "no command can be carried out: CAP_NET_ADMIN is missing; run as root or grant it"
 
 
 def _tell_of_end(engine: Engine, task: "asyncio.Task[None]") -> None:

@@ -18,6 +18,7 @@ from service.api.problems import answer
 from service.domain.errors import ErrorCode, TunledgerError, invalid
 from service.domain.series import HOUR_MS, MINUTE_MS, Point, figures_of, rates_of, totals_of
 from service.domain.values import InterfaceId
+from service.reconcile.engine import Engine
 from service.store.counters import POINTS_MAX, CounterReader, Present, milliseconds, stamp_of
 
 FRESH_S = 1.0  # readers who come at once share one sample
@@ -46,13 +47,18 @@ class CountersController(Controller):
     path = "/api/v1"
 
     @get("/counters")
-    async def read_all_counters(self, request: Request[Any, Any, Any], orders: Orders) -> Response[bytes]:
+    async def read_all_counters(
+        self, request: Request[Any, Any, Any], orders: Orders, counters: CounterReader
+    ) -> Response[bytes]:
         """Lifetime totals of all interfaces, from a sample that is stored before it is shown."""
         _given(request, ())
         engine = orders.engine
-        await engine.sample(at_most_every_s=FRESH_S)
-        interfaces = engine.state.interfaces.values()
-        return answer({"counters": {i.name: {"id": i.id, **engine.totals(i.id)} for i in interfaces}})
+        fresh = await _sample(engine)
+        names = {i.id: i.name for i in engine.state.interfaces.values()}
+        totals = {each: engine.totals(each) for each in names}
+        if not fresh:
+            totals = await asyncio.to_thread(lambda: {each: _stored(counters.present(each)) for each in names})
+        return answer({"counters": {name: {"id": each, **totals[each]} for each, name in names.items()}})
 
     @get("/interfaces/{name:str}/counters")
     async def read_counters(
@@ -70,9 +76,24 @@ class CountersController(Controller):
         if chosen != live and await asyncio.to_thread(counters.name_of, chosen) != name:
             raise TunledgerError(ErrorCode.NOT_FOUND, f"there never was an interface {name} with the id {chosen}")
         if chosen == live:
-            await engine.sample(at_most_every_s=FRESH_S)
+            await _sample(engine)
         wanted = range_of(given, milliseconds(orders.clock.now()))  # now is after the sample
         return answer(await asyncio.to_thread(_read, counters, chosen, name, wanted, is_live=chosen == live))
+
+
+async def _sample(engine: Engine) -> bool:
+    """Have a fresh sample stored; False if there is no room for one, when the last that was stored is what is known."""
+    try:
+        await engine.sample(at_most_every_s=FRESH_S)
+    except TunledgerError as error:
+        if error.code is not ErrorCode.LOG_FULL:
+            raise
+        return False
+    return True
+
+
+def _stored(present: Present | None) -> dict[str, dict[str, int]]:
+    return totals_of(*figures_of(present.totals)) if present is not None else {"kernel": {}, "worker": {}}
 
 
 def _read(
@@ -103,7 +124,7 @@ def resource(interface_id: InterfaceId, name: str, present: Present | None, rece
 
     `rates` are over the last minute, or the part of it that was observed without a gap; null if there is none.
     """
-    totals = totals_of(*figures_of(present.totals)) if present is not None else {"kernel": {}, "worker": {}}
+    totals = _stored(present)
     over_ms = sum(point.observed_ms for point in recent)
     rates = None
     if over_ms > 0:

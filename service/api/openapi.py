@@ -735,7 +735,7 @@ def _log() -> list[Operation]:
 
 def _counters() -> list[Operation]:
     v1 = "/api/v1"
-    codes = (_E.INVALID_FIELD, *_HOST_READ, *_LOG_READ, _E.LOG_FULL, _E.OVERLOADED, _E.SHUTTING_DOWN)
+    codes = (_E.INVALID_FIELD, *_HOST_READ, *_LOG_READ, _E.OVERLOADED, _E.SHUTTING_DOWN)
     return [
         Operation(
             method="get",

@@ -18,6 +18,8 @@ from service.domain.spec import InterfaceSpec
 from service.domain.token import Token
 from service.domain.values import Address, InterfaceName, Mtu
 
+ASIDE = "aside"  # and the ifindex: the name of a link of ours on its way to its own, 15 bytes at most
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -105,7 +107,7 @@ def plan(token: Token, name: InterfaceName, spec: InterfaceSpec | None, sight: S
         return _removal(token, name, sight)
     if link is not None and _same_device(spec, link):
         return _edit(token, spec, sight, link)
-    if sight.occupant is not None:
+    if sight.occupant is not None and not _is_misnamed(sight.occupant, token):
         raise name_taken(name)
     fresh = ObservedLink(
         name=name,
@@ -175,9 +177,7 @@ def _edit(token: Token, spec: InterfaceSpec, sight: Sight, link: ObservedLink) -
     if not spec.processing.running and sight.attached:
         out.append(st.StopProcessing(link.name, token.interface_id))
     if link.name != name:
-        if sight.occupant is not None:
-            raise name_taken(name)
-        out.append(st.SetName(name, link.name))
+        out += _rename(name, link, sight.occupant, token)
     if link.link_group in st.REMOVAL_GROUPS:
         out.append(st.SetLinkGroup(name, 0))
     if link.up and not spec.up:
@@ -196,6 +196,23 @@ def _edit(token: Token, spec: InterfaceSpec, sight: Sight, link: ObservedLink) -
     if spec.processing.running and not sight.attached:
         out.append(st.StartProcessing(name, token.interface_id, spec.mode, spec.multi_queue))
     return tuple(out)
+
+
+def _rename(name: InterfaceName, link: ObservedLink, occupant: ObservedLink | None, token: Token) -> list[st.Step]:
+    """Through a name that nobody has where another link of ours is in the way: names may have been swapped, and then
+    both step aside before either can have its own. Where only one of them is planned, it has to try again.
+    """
+    if occupant is None:
+        return [st.SetName(name, link.name)]
+    if not _is_misnamed(occupant, token):
+        raise name_taken(name)
+    aside = InterfaceName(f"{ASIDE}{link.ifindex}")
+    return [st.SetName(aside, link.name), st.SetName(name, aside)] if link.name != aside else [st.SetName(name, aside)]
+
+
+def _is_misnamed(occupant: ObservedLink, token: Token) -> bool:
+    """Whether it is another link of ours that has this interface's name: only this interface may have it."""
+    return occupant.token is not None and occupant.token.node == token.node and occupant.token != token
 
 
 def _edit_addresses(spec: InterfaceSpec, link: ObservedLink) -> list[st.Step]:

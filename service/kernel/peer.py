@@ -29,6 +29,8 @@ _ANSWER_TIMEOUT_S = 1.0  # the kernel answers within the sending call
 
 Endpoint = tuple[str, int]
 
+_SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})  # of descriptors, or of memory
+
 
 def owner(client: Endpoint, server: Endpoint) -> int:
     """The uid that opened the client's side of a TCP connection between two addresses of this host.
@@ -37,7 +39,8 @@ def owner(client: Endpoint, server: Endpoint) -> int:
     request), so that believing it would make root of anybody who closes fast enough; such have no inode.
 
     Raises:
-        TunledgerError: unauthorized, if the kernel knows no such socket or nobody holds it any more.
+        TunledgerError: unauthorized, if the kernel knows no such socket or nobody holds it any more; overloaded, if
+            there is no descriptor or memory left to ask with.
     """
     ip, port = ipaddress.ip_address(client[0].partition("%")[0]), client[1]
     peer, peer_port = ipaddress.ip_address(server[0].partition("%")[0]), server[1]
@@ -52,6 +55,11 @@ def owner(client: Endpoint, server: Endpoint) -> int:
     try:
         answer = _ask(body)
     except OSError as error:
+        if error.errno in _SHORT:
+            words = f"cannot ask the kernel who calls: {os.strerror(error.errno)}; try again"
+            raise TunledgerError(
+                ErrorCode.OVERLOADED, words, retry=True, errno_name=errno.errorcode[error.errno]
+            ) from error
         raise _unknown(client, os.strerror(error.errno or errno.EIO)) from error
     return read_owner(answer, client)
 

@@ -76,6 +76,7 @@ class Engine:
         publish: gets recorded events, in order, on the event loop.
         knows: which of these interface ids the log has ever declared. May block; it is called in a thread.
         frozen: why nothing may be changed (an unreadable or unverifiable log), or None.
+        obstacle: what keeps this process from changing the host now, in words, or None.
         keeper: stores counters; by default one with the default intervals.
     """
 
@@ -95,6 +96,7 @@ class Engine:
         knows: Callable[[Collection[InterfaceId]], set[InterfaceId]],
         publish: Callable[[list[ev.Recorded]], None] = lambda _events: None,
         frozen: TunledgerError | None = None,
+        obstacle: Callable[[], str | None] = lambda: None,
         keeper: CounterKeeper | None = None,
     ) -> None:
         self.node, self.state = node, state
@@ -115,7 +117,9 @@ class Engine:
         )
         self._take_backs: dict[CommandId, tuple[int, float]] = {}  # that failed: how often, and when to try again
         self._locks: dict[str, asyncio.Lock] = {}
+        self._obstacle = obstacle
         self._complaints: list[str] = []
+        self.stumbled: str | None = None  # why the last turn of the loop came to nothing, if by a mistake of ours
         self._unheard: dict[str, str] = {}  # links with our token that the log knows nothing of, and what to say
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing = False
@@ -1027,6 +1031,7 @@ class Engine:
         trouble = self._writer.trouble()
         if trouble is not None:
             found.append(f"the log cannot be written: {trouble}")
+        found += [words for words in (self._obstacle(), self.stumbled) if words is not None]
         found += self._complaints
         found += self._unheard.values()
         deaf = self._hands.monitor.trouble()

@@ -15,6 +15,8 @@ from service.reconcile.engine import Engine
 
 LEAST_S = 0.005  # between two turns, whatever is due: a mistake must cost no processor
 
+STUMBLED_S = 5.0  # after a mistake of ours
+
 log = structlog.get_logger("tunledger.loop")
 
 
@@ -39,6 +41,14 @@ async def keep_reconciled(engine: Engine, interval_s: float) -> None:
             log.warning("could not reconcile; it is tried again", error=error.message)
             await asyncio.sleep(min(1.0, interval_s))
             engine.look_again()
+        except Exception as error:
+            # Repairs must not end by a mistake of ours: it is told, and everything is looked at again, not too often.
+            log.exception("a mistake while reconciling; it is tried again")
+            engine.stumbled = f"the last look at the host ended by a mistake: {error!r}"
+            await asyncio.sleep(min(STUMBLED_S, interval_s))
+            engine.look_again()
+        else:
+            engine.stumbled = None
 
 
 async def keep_counted(engine: Engine, interval_s: float) -> None:

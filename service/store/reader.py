@@ -175,7 +175,8 @@ class LogReader:
     def position_at(self, moment: str) -> int:
         """The position of the last event recorded by a time (in the form of `recorded_at`); 0 if there is none.
 
-        Last by the time it was recorded at, where the clock was once set back.
+        Last by position: where the clock was once set back, what came after that counts, whatever the time then said.
+        So a later moment never gives an earlier position, and the present is the head.
         """
         query = (
             sa.select(_events.position)
@@ -183,7 +184,14 @@ class LogReader:
             .order_by(_events.recorded_at.desc(), _events.position.desc())
             .limit(1)
         )
-        return next((int(row[0]) for row in self.tuples(query)), 0)
+        found = next((int(row[0]) for row in self.tuples(query)), 0)
+        # Later ones that say they are older, by whichever way is the shorter: over what follows, or over what is older.
+        if found > self.head()[0] // 2:
+            both = (_unindexed(_events.recorded_at) <= moment, _events.position > found)
+        else:
+            both = (_events.recorded_at <= moment, _unindexed(_events.position) > found)
+        later = sa.select(sa.func.max(_events.position)).where(*both)
+        return max(found, *(int(row[0] or 0) for row in self.tuples(later)))
 
     def mark(self, position: int) -> tuple[str, str | None] | None:
         """Hash and time of the event at a position, None if the log has no such event. Position 0 is before all."""

@@ -463,7 +463,8 @@ class Auditor:
             try:
                 more = self.step()
             except TunledgerError as error:
-                self._complain([error.message])
+                if not error.retry:  # what passes is found again by the next turn
+                    self._complain([error.message])
             if not more:
                 self._woken.wait()
             else:

@@ -362,10 +362,6 @@ def test_any_life_arrives_at_what_is_desired_and_leaves_strangers_alone(
         host.close()
 
 
-# BUG, not mended here: `plan` judges one interface at a time, so each of two links of ours that have each other's
-# name finds its name taken (and says that tunledger does not manage the occupant, which is wrong). It stays degraded
-# for good. Mending it takes a plan over several interfaces: move one aside first.
-@pytest.mark.xfail(strict=True, reason="names swapped among our own links are never put right")
 def test_links_of_ours_whose_names_were_swapped_get_them_back() -> None:
     life = Life()
     try:

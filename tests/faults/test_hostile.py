@@ -106,7 +106,6 @@ def _stored(world: World) -> list[tuple[str, ...]]:
     return world.query("SELECT source, key, raw FROM counter_incarnations ORDER BY id")
 
 
-@pytest.mark.xfail(strict=True, reason="LogReader.position_at goes by the highest time, not by the last position")
 @beside
 def test_the_present_is_what_state_shows_of_a_time_after_all_others_also_where_the_clock_was_ahead(
     folder: Path,
@@ -320,7 +319,6 @@ def _refuses_everything(world: World) -> None:
     assert "CAP_NET_ADMIN" in words
 
 
-@pytest.mark.xfail(strict=True, reason="health looks for the capability at the start only")
 @beside
 def test_a_capability_that_goes_away_and_comes_back_while_the_service_runs(folder: Path) -> None:
     with open_folder() as wide:

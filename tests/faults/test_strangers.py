@@ -291,7 +291,6 @@ def test_a_stranger_under_the_old_name_of_a_renamed_interface_is_waited_for(fold
         world.assert_holds()
 
 
-@pytest.mark.xfail(strict=True, reason="each waits for the other's name: the planner takes both for strangers")
 @beside
 def test_two_interfaces_that_swapped_their_names_get_their_own_back(folder: Path) -> None:
     with World(folder, case="swapped names") as world:
