@@ -148,8 +148,9 @@ def _networkd(size: int) -> Figure | None:
         return None
     with fresh_namespace(), tempfile.TemporaryDirectory() as folder:
         for n in range(size):
-            netdev = f"[NetDev]\nName=t{n}\nKind=tun\nMTUBytes=1400\n"
-            network = f"[Match]\nName=t{n}\n[Link]\nRequiredForOnline=no\n[Network]\nAddress={_address(n)}\n"
+            netdev = f"[NetDev]\nName=t{n}\nKind=tun\n"
+            network = f"[Match]\nName=t{n}\n[Link]\nMTUBytes=1400\nRequiredForOnline=no\n"
+            network += f"[Network]\nAddress={_address(n)}\n"
             network += "LinkLocalAddressing=no\nConfigureWithoutCarrier=yes\nIPv6AcceptRA=no\n"
             Path(folder, f"{n}.netdev").write_text(netdev)
             Path(folder, f"{n}.network").write_text(network)
@@ -158,6 +159,7 @@ def _networkd(size: int) -> Figure | None:
             "mount -t tmpfs -o mode=755 tmpfs /run && mkdir -p /run/systemd/network /run/systemd/netif && "
             f"cp {folder}/* /run/systemd/network/ && chown -R systemd-network: /run/systemd/netif && "
             "mount -t tmpfs tmpfs /etc/systemd/network && mount -t sysfs -o ro sysfs /sys && "
+            "mount -t tmpfs -o mode=755,dev tmpfs /dev/net && mknod -m 666 /dev/net/tun c 10 200 && "
             f"exec {NETWORKD}"
         )
         begun = time.perf_counter()

@@ -409,6 +409,7 @@ class _Service:
             task.add_done_callback(lambda ended: _tell_of_end(engine, ended))
         gc.collect()
         gc.freeze()  # what start-up made lives as long as the service: later collections need not look at it
+        gc.enable()
         failpoints.reach("app.ready")
         log.info("ready", url=f"http://{self._address}")
         try:

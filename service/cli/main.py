@@ -3,6 +3,7 @@
 What takes long to import is imported where it is used: `tunledger list` must not wait for litestar or SQLAlchemy.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -82,6 +83,7 @@ def serve(
         database__url=("--database", database_url),
         logging__level=("--log-level", log_level),
     )
+    gc.disable()  # until the service is ready: nothing that start-up makes is garbage, and looking for it takes long
     from service.app import serve as run
 
     try:

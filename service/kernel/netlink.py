@@ -19,9 +19,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
-from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
-
 from service.domain.observed import LinkCounters, ObservedLink
 from service.domain.token import Token, parse_token
 from service.domain.values import Address, Mode
@@ -384,6 +381,8 @@ def _addressed(message: bytearray, at: int, ifindex: int) -> bytearray:
 
 @functools.lru_cache(ENCODED_KEPT)
 def _encoded_link(kind: int, attrs: tuple[tuple[str, Any], ...], up: bool | None) -> bytes:
+    from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg  # 0.1 s, which a start that changes nothing can do without
+
     message = ifinfmsg()
     if up is not None:
         message["flags"] = IFF_UP if up else 0
@@ -398,6 +397,8 @@ def _encoded_link(kind: int, attrs: tuple[tuple[str, Any], ...], up: bool | None
 @functools.cache
 def _encoded_address(kind: int, version: int) -> tuple[bytes, bytes]:
     """The template, and the placeholder that stands in it for the address."""
+    from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg  # as above
+
     message = ifaddrmsg()
     placeholder = b"?" * (4 if version == 4 else 16)
     text = str(ipaddress.ip_address(placeholder))

@@ -73,7 +73,9 @@ _NLM_F_REQUEST, _NLM_F_DUMP, _NLM_F_DUMP_INTR = 0x1, 0x300, 0x10
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _IFLA = {"address": 1, "name": 3, "mtu": 4, "txqlen": 13, "linkinfo": 18, "alias": 20, "af_spec": 26, "group": 27}
 # What moves by itself: statistics, and what the kernel's link watch notes up to a second later (net/core/link_watch.c).
-_IFLA_STATS, _IFLA_STATS64, _IFLA_OPERSTATE, _IFF_RUNNING = 7, 23, 16, 0x40
+_IFLA_STATS, _IFLA_STATS64, _IFLA_OPERSTATE, _IFF_RUNNING, _IFF_LOWER_UP = 7, 23, 16, 0x40, 0x10000
+_IFLA_CARRIER = (33, 35, 47, 48)  # IFLA_CARRIER, _CHANGES, _UP_COUNT, _DOWN_COUNT
+_MOVING = frozenset({_IFLA_STATS, _IFLA_STATS64, _IFLA_OPERSTATE, *_IFLA_CARRIER})
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _IFLA_INFO_XSTATS = 1, 2, 3
 _INET6_MOVING = {3, 5, 6}  # IFLA_INET6_STATS, _CACHEINFO, _ICMP6STATS
 _TUN = {"owner": 1, "group": 2, "type": 3, "pi": 4, "persist": 6, "multi_queue": 7}  # IFLA_TUN_*, if_link.h
@@ -161,7 +163,7 @@ def _link(body: bytes, addresses: Mapping[int, Sequence[bytes]]) -> Link:
     info = dict(_attrs(found.get(_IFLA["linkinfo"], b"")))
     data = dict(_attrs(info.get(_IFLA_INFO_DATA, b"")))
     kind = _text(info.get(_IFLA_INFO_KIND, b""))
-    still = {k: v for k, v in found.items() if k not in (_IFLA_STATS, _IFLA_STATS64, _IFLA_OPERSTATE)}
+    still = {k: v for k, v in found.items() if k not in _MOVING}
     still[_IFLA["af_spec"]] = b"".join(
         attr(family, b"".join(attr(k, v) for k, v in _attrs(value) if family != 10 or k not in _INET6_MOVING))
         for family, value in _attrs(found.get(_IFLA["af_spec"], b""))
@@ -179,7 +181,7 @@ def _link(body: bytes, addresses: Mapping[int, Sequence[bytes]]) -> Link:
         kind=kind,
         tun={name: int.from_bytes(data[n], "little") for name, n in _TUN.items() if n in data} if kind == "tun" else {},
         addresses=frozenset(filter(None, map(_address, own))),
-        still=(flags & ~_IFF_RUNNING, tuple(sorted(still.items())), tuple(own)),
+        still=(flags & ~(_IFF_RUNNING | _IFF_LOWER_UP), tuple(sorted(still.items())), tuple(own)),
     )
 
 
