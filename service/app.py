@@ -36,6 +36,7 @@ from service.domain.values import InterfaceId, NodeId
 from service.kernel import peer
 from service.kernel.linux import LinuxKernel
 from service.kernel.monitor import Monitor
+from service.kernel.netlink import warm_up
 from service.reconcile.applier import Applier
 from service.reconcile.engine import Engine
 from service.reconcile.feed import Feed
@@ -412,6 +413,7 @@ class _Service:
         gc.enable()
         failpoints.reach("app.ready")
         log.info("ready", url=f"http://{self._address}")
+        tasks.append(asyncio.create_task(asyncio.to_thread(warm_up)))
         try:
             # uvicorn closes what it is given, and another turn needs the socket again.
             await self._server.serve(sockets=[self._listening.dup() if _passes(opened.frozen) else self._listening])
