@@ -288,8 +288,8 @@ class _Service:
             applier.start()
             try:
                 await asyncio.to_thread(supervisor.start)
-            except DataplaneError as error:
-                raise TunledgerError(ErrorCode.WORKER_FAILED, f"the packet workers: {error.message}") from error
+            except (DataplaneError, OSError) as error:
+                raise TunledgerError(ErrorCode.WORKER_FAILED, f"the packet workers cannot start: {error}") from error
             failpoints.reach("app.workers.started")
             await self._serve(engine, opened)
         finally:

@@ -458,6 +458,8 @@ class Supervisor:
             return f"worker {post.index} (pid {worker.pid}) has not answered for {PING_TIMEOUT_S:g} s"
         except PeerGoneError:
             return f"worker {post.index} (pid {worker.pid}) is gone"
+        except OSError as error:  # no memory to ask with, say
+            return f"worker {post.index} (pid {worker.pid}) cannot be asked: {error.strerror}"
         return None
 
     # -- under the lock

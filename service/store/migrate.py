@@ -43,6 +43,7 @@ def migrate(path: Path, *, now: Callable[[], str]) -> tuple[str | None, str]:
     from alembic.config import Config
 
     failpoints.arm(os.environ)
+    _roll_back(path)
     before = revision(path)
     if before is not None and before not in schema.REVISIONS:
         require_current(path)
@@ -80,6 +81,22 @@ def migrate(path: Path, *, now: Callable[[], str]) -> tuple[str | None, str]:
         engine.dispose()
     failpoints.reach("migrate.after")
     return before, schema.REVISIONS[-1]
+
+
+def _roll_back(path: Path) -> None:
+    """Undo a first migration that a loss of power cut short before the database was in WAL mode: looking at it, which
+    is done without writing, would be refused for what its rollback journal holds (SQLITE_READONLY_ROLLBACK).
+    """
+    if not path.with_name(path.name + "-journal").exists():
+        return
+    engine = open_writer(path)
+    try:
+        with engine.connect() as connection:
+            connection.execute(sa.text("SELECT count(*) FROM sqlite_master"))
+    except (*UNREADABLE, OSError) as error:
+        raise unreadable(path, error) from error
+    finally:
+        engine.dispose()
 
 
 def _refuse_to_begin_anew(path: Path) -> None:
