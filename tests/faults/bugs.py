@@ -129,7 +129,7 @@ BUGS = (
         "service/store/writer.py",
         "        digest = codec.chain_hash(\n            self._head,\n",
         "        digest = codec.chain_hash(\n            codec.GENESIS,\n",
-        "tests/store/test_chain.py::test_verification_folds_what_it_read",
+        "tests/e2e/test_restart.py::test_after_a_kill_the_interface_is_adopted_as_it_is",
     ),
     Bug(
         "a log that does not verify is acted upon",
@@ -185,7 +185,7 @@ BUGS = (
         "service/reconcile/engine.py",
         "            loop.call_soon_threadsafe(self._take_news)\n",
         "            pass\n",
-        "tests/faults/test_hostile.py::test_a_storm_of_drift_is_mended_once_each",
+        "tests/e2e/test_drift.py::test_a_change_by_others_is_heard_of_told_once_and_mended",
     ),
     Bug(
         "lost messages of the kernel are passed over",

@@ -110,7 +110,7 @@ class History:
         self.steps.append(Mark(what))
 
     def add(self, calls: Iterable[Call]) -> None:
-        """Take in what one traced process did. Fails on a call that it does not know how to take."""
+        """Take in what one traced process did, right after its end. Fails on a call that it cannot take."""
         # A write may be on the disk from its beginning, a sync is good at its end, for what was there at its beginning.
         moments: list[tuple[int, bool, Call]] = []
         for call in calls:
@@ -132,14 +132,15 @@ class History:
                 if head is not None:
                     self.steps.append(Told(head[2].decode(), int(head[1])))
         file = self._file(call.path())
-        if file is None or Path(call.path()).name not in self.kept or (call.result is not None and not call.ok):
+        if file is None or Path(call.path()).name not in self.kept or not (call.ok or call.cut_off):
             return
         match call.name:
             case "pwrite64":
                 (data,), (_length, offset) = call.strings(), call.numbers()
-                # One that never came back may have written all of it, or any part: it is pending either way.
-                length = int(call.result) if call.result is not None else len(data)
-                self.steps.append(Write(file, offset, data[:length]))
+                if call.ok:
+                    self.steps.append(Write(file, offset, data[: int(call.result or 0)]))
+                elif Path(call.path()).read_bytes()[offset : offset + len(data)] == data:
+                    self.steps.append(Write(file, offset, data))  # killed in it, but it was done
             case "ftruncate":
                 self.steps.append(Resize(file, call.numbers()[0]))
             case "write" | "writev" | "pwritev" | "pwritev2" | "fallocate" | "copy_file_range" | "sendfile":

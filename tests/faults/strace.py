@@ -72,6 +72,11 @@ class Call:
         return self.result is not None and not self.result.startswith(("-1", "?"))
 
     @property
+    def cut_off(self) -> bool:
+        """Whether the process was killed in it; it may have been done nevertheless."""
+        return self.result is None or self.result.startswith("?")
+
+    @property
     def injected(self) -> bool:
         """Whether strace tampered with it."""
         return self.result is not None and "(INJECTED" in self.result

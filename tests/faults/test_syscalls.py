@@ -280,12 +280,11 @@ def settle(world: World, case: Case, heard: Sequence[Heard], trace: Path) -> Res
         return Result(case, hit=False, end=end)
     end = eventually(lambda: ended(world), 30, f"{case}: an end of it")
     internal = [f"{each} {each.answer}" for each in heard if each.code == "internal"]
-    lines = world.service.log.read_text().splitlines()
+    lines = [*world.service.log.read_text().splitlines(), ""]
+    tracebacks = [f"{line}: {following}"[:500] for line, following in pairwise(lines) if "Traceback" in line]
     mistakes = [
-        f"{line}: {following}"[:500]
-        for line, following in pairwise([*lines, ""])
-        if "Traceback" in line and "<string>" not in following  # a worker runs by -c: it may die, and is replaced
-    ]
+        each for each in tracebacks if "<string>" not in each
+    ]  # a worker runs by -c: it may die, and is replaced
     assert not internal + mistakes, f"{case}: met what nobody thought of: {internal} {mistakes}"
     if end == "healthy":  # what could not be removed or undone is removed a little later
         eventually(lambda: not strays(world), 10, f"{case}: the removal of what is not declared")
@@ -296,7 +295,7 @@ def settle(world: World, case: Case, heard: Sequence[Heard], trace: Path) -> Res
         if case.point.phase == "running":
             world.assert_dead_is_sound()
         world.start()
-    world.assert_holds()
+    world.assert_holds(mistakes=bool(tracebacks))
     return Result(case, hit=True, end=end)
 
 
