@@ -39,6 +39,7 @@ class Applier:
         self._queue: queue.Queue[_Queued | None] = queue.Queue(QUEUE_MAX)
         self._thread = threading.Thread(target=self._work, name="kernel-applier", daemon=True)
         self._closed = False
+        self._gate = threading.Lock()  # between `close` and the last job: none may queue behind the stop
 
     def start(self) -> None:
         """Start the thread, in the network namespace of the caller's."""
@@ -59,22 +60,24 @@ class Applier:
         Raises:
             TunledgerError: overloaded, when the queue is full; shutting_down.
         """
-        if self._closed:
-            raise TunledgerError(ErrorCode.SHUTTING_DOWN, "the service is stopping", retry=True)
         queued = _Queued(work, item)
-        try:
-            self._queue.put_nowait(queued)
-        except queue.Full:
-            raise TunledgerError(
-                ErrorCode.OVERLOADED, f"{QUEUE_MAX} jobs are waiting for the kernel; try again", retry=True
-            ) from None
+        with self._gate:
+            if self._closed:
+                raise TunledgerError(ErrorCode.SHUTTING_DOWN, "the service is stopping", retry=True)
+            try:
+                self._queue.put_nowait(queued)
+            except queue.Full:
+                raise TunledgerError(
+                    ErrorCode.OVERLOADED, f"{QUEUE_MAX} jobs are waiting for the kernel; try again", retry=True
+                ) from None
         return queued.done
 
     def close(self) -> None:
         """Do what is queued, then stop."""
-        if self._closed:
-            return
-        self._closed = True
+        with self._gate:
+            if self._closed:
+                return
+            self._closed = True
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join()

@@ -150,8 +150,16 @@ def converge(hands: Hands, wanted: Sequence[Wanted], seen: Mapping[InterfaceId, 
         failpoints.reach("converge.verify.before")
         mark = hands.monitor.drain()
         # What the kernel said it removed by ifindex is not searched for under other names.
-        after, _ = look(hands, [_gone(r.wanted) if r.wanted.spec is None else r.wanted for r in changed])
+        after: Mapping[InterfaceId, Sight] = {}
+        blind: TunledgerError | None = None
+        try:
+            after, _ = look(hands, [_gone(r.wanted) if r.wanted.spec is None else r.wanted for r in changed])
+        except TunledgerError as error:  # what was done is done, and cannot be shown to be right
+            blind = error
         for result in changed:
+            if blind is not None:
+                result.error = blind
+                continue
             result.sight = after[result.wanted.id]
             try:
                 verify(result.wanted.token, result.wanted.name, result.wanted.spec, result.sight)

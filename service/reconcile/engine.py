@@ -13,7 +13,9 @@ was cut off by its client goes on to its outcome all the same. HTTP does not liv
 """
 
 import asyncio
+import copy
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -131,6 +133,7 @@ class Engine:
         self._later: set[InterfaceId] = set()  # heard of while a command was under way on them
         self._loop: asyncio.AbstractEventLoop | None = None
         self._news = False  # the monitor has heard of something
+        self._trusted = False  # start-up has looked, and found no link that the log should know and does not
 
     # -- events
 
@@ -373,6 +376,12 @@ class Engine:
             raise TunledgerError(frozen.code, f"read-only: {frozen.message}", retry=frozen.retry)
         if self._closing:
             raise TunledgerError(ErrorCode.SHUTTING_DOWN, "the service is stopping", retry=True)
+        if not self._trusted:
+            raise TunledgerError(
+                ErrorCode.LOG_UNAVAILABLE,
+                "the service has not been able to look at the host yet; try again",
+                retry=True,
+            )
 
     async def _carry_out(self, submission: cmd.Submission, accepted: "asyncio.Future[None] | None") -> Answer:
         names = [cmd.target(command) for command in submission.commands]
@@ -576,6 +585,7 @@ class Engine:
                 "(ip link delete) and restart"
             )
             return Summary()
+        again, self._trusted = self._trusted, True
         await self._append([self._draft(ev.node_stream(self.node), started)])
         failpoints.reach("engine.start_up.recorded")
         if self._previous_boot is not None and self._previous_boot != self._boot_id:
@@ -584,7 +594,8 @@ class Engine:
             cause = "shutdown"
         else:
             cause = "unknown"
-        summary = await self.reconcile(cause=cause, looked=looked)
+        # On another try commands are taken already: then it is looked again, with their names' locks held.
+        summary = await self.reconcile(cause=cause, starting=True, looked=None if again else looked)
         failpoints.reach("engine.start_up.reconciled")
         body = ev.StartupReconciled(
             took_us=(time.monotonic_ns() - begun) // 1000,
@@ -598,6 +609,8 @@ class Engine:
         )
         await self._append([self._draft(ev.node_stream(self.node), body)])
         failpoints.reach("engine.start_up.after")
+        if self._news:
+            self.wake.set()
         return summary
 
     async def work(self, *, everything: bool) -> None:
@@ -606,6 +619,8 @@ class Engine:
         Raises:
             TunledgerError: as `reconcile`.
         """
+        if not self._trusted:
+            return
         await self.take_back_overdue()
         causes = await self._touched()
         if everything or causes is None:
@@ -621,13 +636,10 @@ class Engine:
 
     def heard(self) -> None:
         """From any thread: the monitor has news."""
+        self._news = True
         loop = self._loop
         if loop is not None and not self._closing:
-            loop.call_soon_threadsafe(self._take_news)
-
-    def _take_news(self) -> None:
-        self._news = True
-        self.wake.set()
+            loop.call_soon_threadsafe(self.wake.set)
 
     async def _touched(self) -> dict[InterfaceId, str] | None:
         """Interfaces to look at, with the cause where one is known; None if it may be any."""
@@ -636,7 +648,11 @@ class Engine:
         if self._news:
             self._news = False
             failpoints.reach("engine.notice.before")
-            news: News = await self._apply(self._hands.monitor.take)  # there, where its own doing is settled by now
+            try:
+                news: News = await self._apply(self._hands.monitor.take)  # there, where its own doing is settled by now
+            except TunledgerError:
+                self._news = True  # it tells again only once this was taken
+                raise
             if news.lost:
                 log.warning("messages of the kernel were lost: everything is looked at")
                 self._everything_due = True
@@ -661,6 +677,7 @@ class Engine:
         cause: str = "unknown",
         causes: Mapping[InterfaceId, str] | None = None,
         only: frozenset[InterfaceId] | None = None,
+        starting: bool = False,
         looked: "tuple[Observed, list[Result]] | None" = None,
         asked: bool = False,
     ) -> Summary:
@@ -668,8 +685,8 @@ class Engine:
 
         Args:
             cause: of what is found, where `causes` does not say.
-            looked: at everything, by start-up just now. What is missing then is made even where drift is only to be
-                reported: a reboot is nobody's choice.
+            starting: what is missing is made even where drift is only to be reported: a reboot is nobody's choice.
+            looked: a look at everything from just now, while nobody else could do anything.
             asked: somebody wants it: drift that is only to be reported is mended too.
 
         Raises:
@@ -677,7 +694,7 @@ class Engine:
                 nothing was changed either.
         """
         summary = Summary()
-        self.troubles.keep_only(self.state.interfaces)
+        self.troubles.keep_only(i.id for i in self.state.interfaces.values() if i.pending is None)
         if self._frozen is not None:
             return summary
         chosen = [i for i in self.state.interfaces.values() if only is None or i.id in only]
@@ -692,13 +709,19 @@ class Engine:
                 if wanted:
                     found, _ = await self._apply(lambda: inspect(self._hands, wanted))
             else:
-                pending = [i for i in present if i.pending is not None]
+                pending = self._whole([i for i in present if i.pending is not None])
                 observed, found = looked if looked is not None else await self._look_at_all(settled)
                 if await self._remove_orphans(observed, summary) or pending:
                     await self._recover(pending, summary)
                     _, found = await self._look_at_all(settled)
-            await self._mend(found, cause, causes or {}, summary, starting=looked is not None, asked=asked)
+            await self._mend(found, cause, causes or {}, summary, starting=starting, asked=asked)
         return summary
+
+    def _whole(self, pending: Sequence[Interface]) -> list[Interface]:
+        """Those whose commands are here with all of their interfaces: the others have to wait, and share one fate."""
+        known = Counter(_command_of(i) for i in self.state.interfaces.values() if i.pending is not None)
+        here = Counter(_command_of(i) for i in pending)
+        return [i for i in pending if here[_command_of(i)] == known[_command_of(i)]]
 
     async def _look_at_all(self, interfaces: Sequence[Interface]) -> tuple[Observed, list[Result]]:
         wanted = [self._wanted(i.id, i.name, i.spec) for i in interfaces]
@@ -770,6 +793,7 @@ class Engine:
     ) -> None:
         """Record what differs, mend what is due, and record what came of it. The names' locks are held."""
         now, stamp = time.monotonic(), self._clock.now()
+        before = copy.deepcopy(self.troubles)
         due: list[Result] = []
         drafts: list[ev.Draft] = []
         drifted: list[str] = []
@@ -783,6 +807,7 @@ class Engine:
             if own is None:
                 told = self.troubles.reported(wanted.id, result.found, stamp)
             elif not self.troubles.is_due(wanted.id, now):
+                self.troubles.waits(wanted.id)
                 continue
             else:
                 due.append(own)
@@ -794,7 +819,11 @@ class Engine:
             found = "; ".join(str(d) for result in results if result.found for d in result.found[:SHOWN_MAX])
             log.warning("drift", names=few(drifted), cause=cause, found=found[:LINE_MAX])
         failpoints.reach("engine.drift.before")
-        await self._append(drafts)
+        try:
+            await self._append(drafts)
+        except TunledgerError:
+            self.troubles = before  # what could not be told is news still
+            raise
         failpoints.reach("engine.drift.after")
         if not due:
             return
@@ -967,7 +996,8 @@ class Engine:
             failpoints.reach("engine.worker_exit.after")
         except TunledgerError as error:
             log.error("could not recover from a worker's death yet", error=error.message)
-        self.look_again()
+        finally:
+            self.look_again()
 
     # -- counters
 
@@ -1018,9 +1048,7 @@ class Engine:
 
     async def observe(self, interface: Interface) -> tuple[ObservedLink | None, bool]:
         """The link of one interface as it is now, and whether a worker reads it."""
-        wanted = self._wanted(interface.id, interface.name, interface.wanted)
-        observed = await self._apply(lambda: self._hands.kernel.observe([interface.name]))
-        sight = sights([wanted], observed, self._hands.dataplane.attached(), self._hands.monitor)[interface.id]
+        sight = (await self.observe_all([interface]))[interface.id]
         return sight.link, sight.attached
 
     def health(self) -> list[str]:
@@ -1116,6 +1144,10 @@ class Engine:
                     self._locks.pop(key, None)
             if held and self._later:
                 self.wake.set()  # somebody changed what was under way
+
+
+def _command_of(interface: Interface) -> CommandId | None:
+    return interface.pending.command_id if interface.pending is not None else None
 
 
 def _heard(task: "asyncio.Task[Any]") -> None:

@@ -15,6 +15,7 @@ from service.reconcile.engine import Engine
 
 LEAST_S = 0.005  # between two turns, whatever is due: a mistake must cost no processor
 
+REFUSED_MAX_S = 30.0  # between turns that the log or the host refuses
 STUMBLED_S = 5.0  # after a mistake of ours
 
 log = structlog.get_logger("tunledger.loop")
@@ -25,7 +26,7 @@ async def keep_reconciled(engine: Engine, interval_s: float) -> None:
 
     Runs until cancelled.
     """
-    everything_at = time.monotonic() + interval_s
+    everything_at, refused = time.monotonic() + interval_s, 0
     while True:
         due = [everything_at - time.monotonic(), engine.next_retry_s(), engine.next_deadline_s()]
         await asyncio.sleep(LEAST_S)
@@ -39,7 +40,8 @@ async def keep_reconciled(engine: Engine, interval_s: float) -> None:
             await engine.work(everything=everything)
         except TunledgerError as error:
             log.warning("could not reconcile; it is tried again", error=error.message)
-            await asyncio.sleep(min(1.0, interval_s))
+            await asyncio.sleep(min(2.0**refused, REFUSED_MAX_S, interval_s))
+            refused += 1
             engine.look_again()
         except Exception as error:
             # Repairs must not end by a mistake of ours: it is told, and everything is looked at again, not too often.
@@ -48,7 +50,7 @@ async def keep_reconciled(engine: Engine, interval_s: float) -> None:
             await asyncio.sleep(min(STUMBLED_S, interval_s))
             engine.look_again()
         else:
-            engine.stumbled = None
+            engine.stumbled, refused = None, 0
 
 
 async def keep_counted(engine: Engine, interval_s: float) -> None:
@@ -60,6 +62,8 @@ async def keep_counted(engine: Engine, interval_s: float) -> None:
             await engine.sample()
         except TunledgerError as error:
             log.warning("counters could not be stored; the next sample has them", error=error.message)
+        except Exception:
+            log.exception("a mistake while counting; it goes on with the next sample")
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:

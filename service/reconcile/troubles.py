@@ -35,6 +35,17 @@ class _Contest:
     trouble: Trouble
     delay_s: float
     last_repair: float
+    differs: bool = False  # as it was last seen, so that it waits for a repair and not for the quiet to have lasted
+
+    @property
+    def quiet_at(self) -> float:
+        """When it has been quiet for long enough."""
+        return self.last_repair + max(QUIET_S, 2 * self.delay_s)
+
+    @property
+    def next_look(self) -> float:
+        """When something is to be done about it."""
+        return self.trouble.next_try if self.differs else self.quiet_at
 
 
 @dataclass(slots=True)
@@ -71,10 +82,6 @@ class Troubles:
         """Whether its last repair failed; the drift behind it is recorded already."""
         return interface_id in self._failing
 
-    def is_reported(self, interface_id: InterfaceId) -> bool:
-        """Whether drift was told of that nobody is to mend."""
-        return interface_id in self._reported
-
     def failed(self, interface_id: InterfaceId, error: TunledgerError, now: float, stamp: str) -> bool:
         """A repair failed; whether in another way than the last time."""
         known = self._failing.get(interface_id)
@@ -91,13 +98,13 @@ class Troubles:
             found: what others had changed; empty for what was our own doing, which is nobody's fight.
         """
         self._failing.pop(interface_id, None)
-        self._reported.pop(interface_id, None)
         if not found:
             return 0
+        self._reported.pop(interface_id, None)
         contest = self._contests.get(interface_id)
         if contest is not None:
             contest.delay_s = min(CONTEST_MAX_S, contest.delay_s * 2)
-            contest.last_repair = now
+            contest.last_repair, contest.differs = now, False
             trouble = contest.trouble
             contest.trouble = replace(
                 trouble, message=_fought(found), attempts=trouble.attempts + 1, next_try=now + contest.delay_s
@@ -115,6 +122,8 @@ class Troubles:
 
     def reported(self, interface_id: InterfaceId, found: tuple[Difference, ...], stamp: str) -> bool:
         """Drift was seen that is not to be mended; whether it is another than the last time."""
+        self._failing.pop(interface_id, None)
+        self._contests.pop(interface_id, None)
         known = self._reported.get(interface_id)
         if known is not None and known.found == found:
             return False
@@ -130,12 +139,17 @@ class Troubles:
         contest = self._contests.get(interface_id)
         if contest is None:
             return over, 0
-        quiet_s, needed_s = now - contest.last_repair, max(QUIET_S, 2 * contest.delay_s)
-        if quiet_s < needed_s:
-            contest.trouble = replace(contest.trouble, next_try=contest.last_repair + needed_s)
+        contest.differs = False
+        if now < contest.quiet_at:
             return over, 0
         del self._contests[interface_id]
-        return over, round(quiet_s)
+        return over, round(now - contest.last_repair)
+
+    def waits(self, interface_id: InterfaceId) -> None:
+        """It was seen to differ before its repair is due."""
+        contest = self._contests.get(interface_id)
+        if contest is not None:
+            contest.differs = True
 
     def is_due(self, interface_id: InterfaceId, now: float) -> bool:
         """Whether a repair may be tried now."""
@@ -144,20 +158,24 @@ class Troubles:
 
     def due(self, now: float) -> frozenset[InterfaceId]:
         """Those whose next try has come."""
-        return frozenset(each for each in (*self._failing, *self._contests) if self.is_due(each, now))
+        return frozenset(each for each in (*self._failing, *self._contests) if self._next(each) <= now)
 
     def next_try(self) -> float | None:
         """When the next one is due; None if nothing is to be tried again."""
-        waiting = [trouble.next_try for trouble in self._failing.values()]
-        waiting += [contest.trouble.next_try for each, contest in self._contests.items() if each not in self._failing]
-        return min(waiting, default=None)
+        return min((self._next(each) for each in (*self._failing, *self._contests)), default=None)
+
+    def _next(self, interface_id: InterfaceId) -> float:
+        failing, contest = self._failing.get(interface_id), self._contests.get(interface_id)
+        if failing is None:
+            return contest.next_look if contest is not None else float("inf")
+        return max(failing.next_try, contest.trouble.next_try if contest is not None else 0.0)
 
     def hurry(self) -> None:
         """Somebody asks: everything may be tried at once."""
         for each, trouble in self._failing.items():
             self._failing[each] = replace(trouble, next_try=0.0)
         for contest in self._contests.values():
-            contest.trouble = replace(contest.trouble, next_try=0.0)
+            contest.trouble, contest.differs = replace(contest.trouble, next_try=0.0), True
 
     def forget(self, interface_id: InterfaceId) -> None:
         """A command has made it as wanted, or it is gone."""

@@ -64,6 +64,7 @@ Job = Callable[[sa.Connection], None]
 # had room before; then the orders that make what is on the host less, which leave a part of it to the former.
 _DONE = (
     *(ev.CommandApplied, ev.CommandFailed, ev.DriftRepaired, ev.RepairFailed, ev.OrphanRemoved),
+    *(ev.DriftEnded, ev.InterfaceContested, ev.ContestEnded),
     *(ev.StartupReconciled, ev.ServiceStopped),
 )
 _LESS = (ev.InterfaceRetired, ev.ChangeConfirmed)

@@ -183,7 +183,7 @@ BUGS = (
     Bug(
         "the monitor's news wakes nobody",
         "service/reconcile/engine.py",
-        "            loop.call_soon_threadsafe(self._take_news)\n",
+        "            loop.call_soon_threadsafe(self.wake.set)\n",
         "            pass\n",
         "tests/e2e/test_drift.py::test_a_change_by_others_is_heard_of_told_once_and_mended",
     ),

@@ -14,7 +14,7 @@ from service.domain.observed import LinkCounters
 from service.domain.spec import parse_spec
 from service.domain.steps import CreateLink, DeleteLink, SetMtu
 from service.domain.token import Token
-from service.domain.values import InterfaceId, InterfaceName, Mode
+from service.domain.values import CommandId, InterfaceId, InterfaceName, Mode
 from service.kernel.fake import FakeKernel
 from service.reconcile import applier
 from service.reconcile import engine as engine_module
@@ -507,3 +507,86 @@ async def test_a_refusal_that_cannot_be_kept_is_not_heard(tmp_path: Path, monkey
         with pytest.raises(TunledgerError) as heard:
             await rig.declare()
         assert heard.value.code is ErrorCode.INTERFACE_EXISTS, "without a key nothing has to be kept"
+
+
+async def test_a_repair_that_somebody_asked_for_in_vain_keeps_no_loop_busy(tmp_path: Path) -> None:
+    kernel = FakeKernel()
+    async with running(tmp_path, kernel) as rig:
+        await rig.declare(drift="report")
+        kernel.outside.set_mtu("tun0", 1000)
+        kernel.fail(NO_MEMORY, on=SetMtu, times=100)
+        await rig.engine.reconcile_now()
+        await rig.engine.reconcile()
+        assert rig.engine.next_retry_s() is None
+
+
+async def test_drift_that_could_not_be_told_is_told_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = FakeKernel()
+    async with running(tmp_path, kernel) as rig:
+        await rig.declare(drift="report")
+        kernel.outside.set_mtu("tun0", 1000)
+
+        def full(*_arguments: Any) -> "Future[list[ev.Recorded]]":
+            raise TunledgerError(ErrorCode.LOG_FULL, "no space", retry=True)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(rig.writer, "append", full)
+            with pytest.raises(TunledgerError):
+                await rig.engine.reconcile()
+        await rig.engine.reconcile()
+        await rig.engine.reconcile()
+        assert len(rig.of(ev.DriftDetected)) == 1
+
+
+async def test_a_batch_is_finished_whole_or_not_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = FakeKernel()
+    async with running(tmp_path, kernel) as rig:
+        append = rig.writer.append
+
+        def refuse_outcomes(drafts: Any, also: Any = None) -> "Future[list[ev.Recorded]]":
+            if any(isinstance(draft.body, ev.Outcome) for draft in drafts):
+                raise TunledgerError(ErrorCode.LOG_FULL, "no space", retry=True)
+            return append(drafts, also)
+
+        batch = tuple(cmd.DeclareInterface(parse_spec({"name": name})) for name in ("tun0", "tun1"))
+        request = cmd.Request(via="v1", call="batch")
+        with monkeypatch.context() as patched:
+            patched.setattr(rig.writer, "append", refuse_outcomes)
+            with pytest.raises(TunledgerError):
+                await rig.engine.submit(cmd.Submission(batch, CommandId("c1"), "uid:0", request))
+        async with rig.engine._locked(["tun0"]):  # as a request on it does that is being refused
+            await rig.engine.reconcile()
+            assert rig.of(ev.CommandApplied, ev.CommandFailed) == []
+        await rig.engine.reconcile()
+        assert [type(body) for body in rig.of(ev.CommandApplied, ev.CommandFailed)] == [
+            ev.CommandApplied,
+            ev.CommandApplied,
+        ]
+
+
+async def test_a_repair_that_cannot_be_looked_at_again_is_told_as_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = FakeKernel()
+    async with running(tmp_path, kernel) as rig:
+        await rig.declare()
+        kernel.outside.set_mtu("tun0", 1000)
+        execute = kernel.execute_many
+
+        def then_blind(work: Any) -> Any:
+            done = execute(work)
+
+            def refused(_names: Any = None) -> Any:
+                raise TunledgerError(ErrorCode.KERNEL_REFUSED, "no memory", retry=True)
+
+            monkeypatch.setattr(kernel, "observe", refused)
+            return done
+
+        observe = kernel.observe
+        monkeypatch.setattr(kernel, "execute_many", then_blind)
+        await rig.engine.reconcile()
+        assert [body.message for body in rig.of(ev.RepairFailed)] == ["no memory"]
+        monkeypatch.setattr(kernel, "observe", observe)
+        monkeypatch.setattr(kernel, "execute_many", execute)
+        await rig.engine.reconcile_now()
+        assert not rig.engine.troubles

@@ -83,6 +83,25 @@ def test_a_contest_ends_when_it_has_been_quiet_and_not_before() -> None:
     assert known.next_try() is None
 
 
+def test_a_look_that_agrees_puts_no_repair_off() -> None:
+    known = Troubles()
+    at = contested(known)
+    known.agreed(ONE, at + 1)
+    known.waits(ONE)
+    assert known.next_try() == at + module.CONTEST_FIRST_S
+    assert known.is_due(ONE, at + module.CONTEST_FIRST_S)
+
+
+def test_what_fails_while_it_is_contested_is_due_when_both_are() -> None:
+    known = Troubles()
+    at = contested(known)
+    known.failed(ONE, REFUSED, at, "t")
+    due = known.next_try()
+    assert due == at + module.CONTEST_FIRST_S
+    assert known.due(due) == {ONE}
+    assert known.is_due(ONE, due)
+
+
 def test_reported_drift_is_news_once_and_again_when_it_is_another() -> None:
     known = Troubles()
     assert known.reported(ONE, MTU, "t0")

@@ -379,6 +379,7 @@ def test_a_reserve_that_cannot_be_made_at_all_is_done_without(path: Path) -> Non
 CLAIMS = {
     Claim.DONE: {
         *("CommandApplied", "CommandFailed", "DriftRepaired", "RepairFailed", "OrphanRemoved"),
+        *("DriftEnded", "InterfaceContested", "ContestEnded"),
         *("StartupReconciled", "ServiceStopped"),
     },
     Claim.LESS: {"InterfaceRetired", "ChangeConfirmed"},
