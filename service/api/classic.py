@@ -30,7 +30,7 @@ class InterfaceController(Controller):
     async def create(self, request: Request[Any, Any, Any], orders: Orders, body: bytes) -> Response[bytes]:
         """Make an interface; fields that are not given come from the configuration."""
         order = orders.begin(request, "DeclareInterface", "classic", "create", body)
-        with order.recorded() as named:
+        async with order.recorded() as named:
             document = bodies.document(body)
             named.name = bodies.recordable(document.get("name", orders.defaults.name))
             command = bodies.create(document, orders.defaults)
@@ -50,7 +50,7 @@ class InterfaceController(Controller):
     async def start(self, request: Request[Any, Any, Any], orders: Orders, body: bytes) -> Response[bytes]:
         """Start packet processing."""
         order = orders.begin(request, "EnableProcessing", "classic", "start", body)
-        with order.recorded() as named:
+        async with order.recorded() as named:
             named.name = name = _the_interface(orders).name
             bodies.nothing(bodies.document(body))
         return await order.carry_out(cmd.EnableProcessing(name))
@@ -59,7 +59,7 @@ class InterfaceController(Controller):
     async def stop(self, request: Request[Any, Any, Any], orders: Orders, body: bytes) -> Response[bytes]:
         """Stop packet processing; answered when the worker has let go of the device."""
         order = orders.begin(request, "DisableProcessing", "classic", "stop", body)
-        with order.recorded() as named:
+        async with order.recorded() as named:
             named.name = name = _the_interface(orders).name
             bodies.nothing(bodies.document(body))
         return await order.carry_out(cmd.DisableProcessing(name))
@@ -68,7 +68,7 @@ class InterfaceController(Controller):
     async def configure(self, request: Request[Any, Any, Any], orders: Orders, body: bytes) -> Response[bytes]:
         """Change address, netmask or MTU in place."""
         order = orders.begin(request, "ConfigureInterface", "classic", "configure", body)
-        with order.recorded() as named:
+        async with order.recorded() as named:
             named.name = name = _the_interface(orders).name
             command = bodies.configure(bodies.document(body), name)
         return await order.carry_out(command)
@@ -77,7 +77,7 @@ class InterfaceController(Controller):
     async def delete(self, request: Request[Any, Any, Any], orders: Orders) -> Response[bytes]:
         """Stop processing and remove the interface."""
         order = orders.begin(request, "RetireInterface", "classic", "delete")
-        with order.recorded() as named:
+        async with order.recorded() as named:
             named.name = name = _the_interface(orders).name
         return await order.carry_out(cmd.RetireInterface(name))
 

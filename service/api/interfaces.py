@@ -75,7 +75,7 @@ class InterfacesController(Controller):
     async def create_interface(self, request: Request[Any, Any, Any], orders: Orders, body: bytes) -> Response[bytes]:
         """Make an interface that does not exist yet."""
         order = orders.begin(request, "DeclareInterface", "v1", "create", body)
-        with order.recorded() as named:
+        async with order.recorded() as named:
             document = bodies.document(body, required=True)
             named.name = bodies.recordable(document.get("name"))
             command = cmd.DeclareInterface(bodies.spec(document), order.flag("allow_overlap"))
@@ -95,7 +95,7 @@ class InterfacesController(Controller):
     ) -> Response[bytes]:
         """Declare the interface just so, whether or not it exists."""
         order = orders.begin(request, "ReplaceInterface", "v1", "replace", body)
-        with order.recorded() as named:
+        async with order.recorded() as named:
             named.name = bodies.recordable(name)
             spec = bodies.spec(bodies.document(body, required=True), values.parse_name(name))
             command = cmd.ReplaceInterface(spec, order.flag("allow_overlap"), order.flag("recreate"))
@@ -107,7 +107,7 @@ class InterfacesController(Controller):
     ) -> Response[bytes]:
         """Change some fields: a JSON merge patch (RFC 7396) on the spec."""
         order = orders.begin(request, "PatchInterface", "v1", "change", body)
-        with order.recorded() as named:
+        async with order.recorded() as named:
             named.name = bodies.recordable(name)
             patch = bodies.numbered(bodies.document(body, nulls=True, required=True))
             command = cmd.PatchInterface(
@@ -119,7 +119,7 @@ class InterfacesController(Controller):
     async def delete_interface(self, request: Request[Any, Any, Any], orders: Orders, name: str) -> Response[bytes]:
         """Remove the interface for good; its history stays."""
         order = orders.begin(request, "RetireInterface", "v1", "delete")
-        with order.recorded() as named:
+        async with order.recorded() as named:
             named.name = bodies.recordable(name)
             command = cmd.RetireInterface(values.parse_name(name))
         return await order.carry_out(command)
@@ -130,7 +130,7 @@ class InterfacesController(Controller):
     ) -> Response[bytes]:
         """Let the workers read the device."""
         order = orders.begin(request, "EnableProcessing", "v1", "start", body)
-        with order.recorded() as named:
+        async with order.recorded() as named:
             named.name = bodies.recordable(name)
             bodies.nothing(bodies.document(body))
             command = cmd.EnableProcessing(values.parse_name(name))
@@ -142,7 +142,7 @@ class InterfacesController(Controller):
     ) -> Response[bytes]:
         """Take the device from the workers."""
         order = orders.begin(request, "DisableProcessing", "v1", "stop", body)
-        with order.recorded() as named:
+        async with order.recorded() as named:
             named.name = bodies.recordable(name)
             bodies.nothing(bodies.document(body))
             command = cmd.DisableProcessing(values.parse_name(name))
@@ -158,7 +158,7 @@ class CommandsController(Controller):
     async def batch(self, request: Request[Any, Any, Any], orders: Orders, body: bytes) -> Response[bytes]:
         """Several commands, all applied or none."""
         order = orders.begin(request, "Batch", "v1", "batch", body)
-        with order.recorded():
+        async with order.recorded():
             commands = bodies.batch(
                 bodies.document(body, required=True),
                 allow_overlap=order.flag("allow_overlap"),
@@ -179,7 +179,7 @@ class CommandsController(Controller):
     ) -> Response[bytes]:
         """Make a change stay that was ordered with confirm_within_s."""
         order = orders.begin(request, "ConfirmChange", "v1", "confirm", body)
-        with order.recorded():
+        async with order.recorded():
             bodies.nothing(bodies.document(body))
             return await order.confirm(command_id)
 

@@ -11,8 +11,8 @@ Shared by both APIs, so that a command is the same thing whichever way it came. 
 import asyncio
 import hashlib
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,20 +58,21 @@ class Orders:
         """A new command of this kind, not yet parsed. `call` names its answer (`service.api.render`)."""
         order = Order(self, request, kind, via, call, body, CommandId(self.clock.new_id()))
         if via != "classic":
-            with order.recorded():
-                given = [name for name, _ in request.query_params.multi_items()]
-                for name in given:
-                    if name not in PARAMETERS:  # "dryrun=true" must not do it for real
-                        known = ", ".join(PARAMETERS)
-                        raise TunledgerError(
-                            ErrorCode.INVALID_FIELD, f"{name}: unknown parameter; known here: {known}", field=name
-                        )
-                    if given.count(name) > 1:  # nor "dry_run=false&dry_run=true"
-                        raise TunledgerError(ErrorCode.INVALID_FIELD, f"{name}: given twice; give it once", field=name)
+            try:
+                _refuse_strange_parameters(request)
+            except (
+                TunledgerError
+            ) as refusal:  # whose answer hangs on the request alone, so that it need not be waited for
+                if not order.is_dry_run:
+                    self.record(order, "", refusal)
+                raise
         return order
 
-    def record(self, order: "Order", name: str, refusal: TunledgerError) -> None:
-        """Have a refusal recorded; the client need not wait for the disk to hear of it."""
+    def record(self, order: "Order", name: str, refusal: TunledgerError) -> "asyncio.Task[None]":
+        """Have a refusal recorded; without an Idempotency-Key the client need not wait for the disk to hear of it.
+
+        The task raises TunledgerError: it could not be kept under its key, and must not be heard.
+        """
         who = caller(order.request)
         request = cmd.Request(
             via=order.via, call=order.call, peer=who.peer, user=who.user, **order.key_and_fingerprint()
@@ -80,6 +81,7 @@ class Orders:
         task = asyncio.get_running_loop().create_task(work)
         self._recording.add(task)
         task.add_done_callback(self._recorded)
+        return task
 
     def _recorded(self, task: "asyncio.Task[None]") -> None:
         self._recording.discard(task)
@@ -99,16 +101,26 @@ class Order:
     body: bytes
     command_id: CommandId
 
-    @contextmanager
-    def recorded(self) -> Iterator[Named]:
-        """Record what is refused inside: a body that does not parse, an interface that is not there."""
+    @asynccontextmanager
+    async def recorded(self) -> AsyncIterator[Named]:
+        """Record what is refused inside: a body that does not parse, an interface that is not there.
+
+        With an Idempotency-Key the refusal is heard only when it is kept: after a crash, a repetition hears the same.
+        """
         named = Named()
         try:
             yield named
         except TunledgerError as refusal:
-            if not self._flag("dry_run", quiet=True):
-                self.orders.record(self, named.name, refusal)
+            if not self.is_dry_run:
+                recording = self.orders.record(self, named.name, refusal)
+                if self.key_and_fingerprint():
+                    await asyncio.shield(recording)
             raise
+
+    @property
+    def is_dry_run(self) -> bool:
+        """Whether nothing is to be done, as far as the parameter can be read."""
+        return self._flag("dry_run", quiet=True)
 
     def flag(self, name: str) -> bool:
         """A query parameter that is true or false; false if it is not there. Raises TunledgerError: invalid_field."""
@@ -117,7 +129,7 @@ class Order:
     async def carry_out(self, *commands: cmd.Command) -> Response[bytes]:
         """Carry the commands out, or preview them (`dry_run`). Raises TunledgerError: why not."""
         engine = self.orders.engine
-        with self.recorded() as named:
+        async with self.recorded() as named:
             named.name = cmd.target(commands[0]) if len(commands) == 1 else ""
             submission, wait = self._submission(commands)
         if self.via != "classic" and self.flag("dry_run"):
@@ -201,6 +213,16 @@ class Order:
         if text not in {"true", "1", ""} and not quiet:
             raise invalid(name, text, 'is not "true" or "false"')
         return True
+
+
+def _refuse_strange_parameters(request: Request[Any, Any, Any]) -> None:
+    given = [name for name, _ in request.query_params.multi_items()]
+    for name in given:
+        if name not in PARAMETERS:  # "dryrun=true" must not do it for real
+            known = ", ".join(PARAMETERS)
+            raise TunledgerError(ErrorCode.INVALID_FIELD, f"{name}: unknown parameter; known here: {known}", field=name)
+        if given.count(name) > 1:  # nor "dry_run=false&dry_run=true"
+            raise TunledgerError(ErrorCode.INVALID_FIELD, f"{name}: given twice; give it once", field=name)
 
 
 async def drift(engine: Engine) -> list[dict[str, Any]]:

@@ -698,7 +698,8 @@ class Engine:
         if self._frozen is not None:
             return summary
         chosen = [i for i in self.state.interfaces.values() if only is None or i.id in only]
-        free = [i for i in chosen if not self._busy(i.name)]
+        # Who asks waits for what is under way; it may be a look of our own that would not mend this.
+        free = chosen if asked else [i for i in chosen if not self._busy(i.name)]
         async with self._locked([i.name for i in free]):
             # What was free may have changed while the locks were taken.
             present = [self.state.interfaces[i.id] for i in free if i.id in self.state.interfaces]

@@ -356,3 +356,15 @@ def test_a_key_whose_command_a_crash_cut_off_gets_the_answer_of_its_recovery(ser
     assert intent.command_id == headers["tunledger-command-id"]
     (outcome,) = [e.body for e in service.events() if isinstance(e.body, ev.Outcome)]
     assert outcome.by == "recovery"
+
+
+def test_a_refusal_under_a_key_outlives_a_crash(service: Service) -> None:
+    """What the client heard is what it hears again, also when it would be done now."""
+    service.start()
+    first = service.call("DELETE", "/api/interface/delete", headers={"Idempotency-Key": "x"})
+    assert first[0] == 400
+    service.kill()
+    service.start()
+    service.ok("POST", "/api/interface/create")
+    assert service.call("DELETE", "/api/interface/delete", headers={"Idempotency-Key": "x"}) == first
+    assert "tun0" in links()
