@@ -15,9 +15,22 @@ from service.store.answers import Kept, Reply
 Spawn = Callable[[Coroutine[Any, Any, Reply]], "asyncio.Task[Reply]"]
 
 
+# Refusals that say nothing of the request itself: a repetition under the same key is a new attempt.
+NOT_SETTLED = frozenset(
+    {
+        ErrorCode.OVERLOADED,
+        ErrorCode.SHUTTING_DOWN,
+        ErrorCode.LOG_FULL,
+        ErrorCode.LOG_UNAVAILABLE,
+        ErrorCode.OUTCOME_UNKNOWN,
+        ErrorCode.VERSION_CONFLICT,
+    }
+)
+
+
 def is_settled(refusal: TunledgerError) -> bool:
-    """Whether a repetition of the request, of which nothing was begun, could only hear the same."""
-    return not refusal.retry
+    """Whether a repetition of the request is to hear the same."""
+    return not (refusal.retry and refusal.code in NOT_SETTLED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,8 +87,11 @@ def _roll_back(path: Path) -> None:
     """Undo a first migration that a loss of power cut short before the database was in WAL mode: looking at it, which
     is done without writing, would be refused for what its rollback journal holds (SQLITE_READONLY_ROLLBACK).
     """
-    if not path.with_name(path.name + "-journal").exists():
-        return
+    try:
+        if not path.with_name(path.name + "-journal").exists():
+            return
+    except OSError:
+        return  # whoever looks at the database itself says why
     engine = open_writer(path)
     try:
         with engine.connect() as connection:

@@ -298,7 +298,11 @@ def test_two_interfaces_that_swapped_their_names_get_their_own_back(folder: Path
         make(world, {"name": "e0", "mtu": 1400}, {"name": "e1"})
         index = {name: world.host.links()[name].ifindex for name in ("e0", "e1")}
         frozen(world, "link set e0 name tmp0", "link set e1 name e0", "link set tmp0 name e1")
-        soon(lambda: {n: world.host.links()[n].ifindex for n in ("e0", "e1")} == index, "the names", 5)
+
+        def named() -> dict[str, int]:
+            return {name: link.ifindex for name, link in world.host.links().items() if name in index}
+
+        soon(lambda: named() == index, "the names", 20)
         world.assert_holds()
 
 
