@@ -647,7 +647,6 @@ class Engine:
         causes: dict[InterfaceId, str] = {}
         if self._news:
             self._news = False
-            failpoints.reach("engine.notice.before")
             try:
                 news: News = await self._apply(self._hands.monitor.take)  # there, where its own doing is settled by now
             except TunledgerError:
@@ -663,7 +662,6 @@ class Engine:
                 interface = self.state.find(name)
                 if interface is not None:
                     causes.setdefault(interface.id, "outside")
-            failpoints.reach("engine.notice.after")
         for each in (*self._later, *self.troubles.due(time.monotonic())):
             causes.setdefault(each, "outside")
         self._later = {each for each in causes if self._is_busy(each)}
