@@ -121,6 +121,7 @@ class Engine:
         self._locks: dict[str, asyncio.Lock] = {}
         self._obstacle = obstacle
         self._complaints: list[str] = []
+        self.miscounted: str | None = None  # the same of the last sample
         self.stumbled: str | None = None  # why the last turn of the loop came to nothing, if by a mistake of ours
         self._unheard: dict[str, str] = {}  # links with our token that the log knows nothing of, and what to say
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -1058,7 +1059,7 @@ class Engine:
         trouble = self._writer.trouble()
         if trouble is not None:
             found.append(f"the log cannot be written: {trouble}")
-        found += [words for words in (self._obstacle(), self.stumbled) if words is not None]
+        found += [words for words in (self._obstacle(), self.stumbled, self.miscounted) if words is not None]
         found += self._complaints
         found += self._unheard.values()
         deaf = self._hands.monitor.trouble()

@@ -62,8 +62,11 @@ async def keep_counted(engine: Engine, interval_s: float) -> None:
             await engine.sample()
         except TunledgerError as error:
             log.warning("counters could not be stored; the next sample has them", error=error.message)
-        except Exception:
+        except Exception as error:
             log.exception("a mistake while counting; it goes on with the next sample")
+            engine.miscounted = f"counters are not stored, by a mistake: {error!r}"
+        else:
+            engine.miscounted = None
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:
