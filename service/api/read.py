@@ -171,6 +171,13 @@ def what(body: ev.Event) -> str:
             return f"contested no more: quiet for {body.quiet_s} s"
         case ev.OrphanRemoved():
             return f"remove orphan (ifindex {body.ifindex})"
+        case ev.ProcessorCrashed():
+            return f"{body.processor} (stage {body.stage}) took worker {body.worker} down: {body.error or body.status}"
+        case ev.CaptureStarted():
+            return f"capture {body.capture_id} started{' (live)' if body.live else ''}"
+        case ev.CaptureStopped():
+            figures = f"{body.packets} packets, {body.bytes} bytes, {body.dropped} dropped"
+            return f"capture {body.capture_id} stopped ({body.reason}): {figures}"
         case ev.WorkerExited():
             return (
                 f"worker {body.worker} (pid {body.pid}) died: {body.status}; it read {', '.join(body.devices) or '-'}"

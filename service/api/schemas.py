@@ -13,6 +13,7 @@ from typing import Any, Final, get_args
 
 from service.api import bodies
 from service.api.interfaces import POSITION_MAX, STATES
+from service.domain import chain as chains
 from service.domain import events as ev
 from service.domain import spec as specs
 from service.domain import steps as st
@@ -109,6 +110,12 @@ ADDRESS: Final = text(
 MTU: Final = integer("bytes", minimum=values.MTU_MIN, maximum=values.MTU_MAX)
 _PRINTABLE = r"^[ -~\u00a1-\u00ac\u00ae-\u02ff]*$"  # in short: the code takes every printable character
 
+STAGE: Final[Schema] = {
+    "type": "object",
+    "properties": {"processor": {"type": "string", "enum": list(chains.BUILT_IN)}},
+    "required": ["processor"],
+}
+
 _SPEC: Final[Mapping[str, Schema]] = {
     "name": NAME,
     "mode": text("`tun` carries IP packets, `tap` Ethernet frames", enum=["tun", "tap"], default="tun"),
@@ -133,8 +140,24 @@ _SPEC: Final[Mapping[str, Schema]] = {
             **{"not": {"const": "00:00:00:00:00:00"}},
         )
     ),
+    "netns": nullable(
+        text(
+            "the network namespace it lives in, by its name under /run/netns; null for the service's own",
+            pattern=rf"^[A-Za-z0-9_.+@-]{{1,{values.NETNS_CHARS_MAX}}}$",
+            **{"not": {"enum": [".", ".."]}},
+        )
+    ),
     "processing": taken(
-        {"running": flag("whether our workers read the device", default=False)}, description="packet processing"
+        {
+            "running": flag("whether our workers read the device", default=False),
+            "chain": listed(STAGE, "what is done with its packets, in order", maxItems=chains.STAGES_MAX, default=[]),
+            "offloads": text(
+                "`auto` takes what the kernel has (segments of up to 64 KiB), `off` keeps packets as on a wire",
+                enum=["auto", "off"],
+                default="auto",
+            ),
+        },
+        description="packet processing",
     ),
     "drift": {
         "type": "string",
@@ -483,7 +506,9 @@ SCHEMAS: Final[dict[str, Schema]] = {
             "processing": nullable(
                 {
                     **_SPEC["processing"],
-                    "properties": {"running": nullable(_SPEC["processing"]["properties"]["running"])},
+                    "properties": {
+                        name: nullable(schema) for name, schema in _SPEC["processing"]["properties"].items()
+                    },
                 }
             ),
             "labels": nullable(

@@ -12,7 +12,7 @@ from service.domain import commands as cmd
 from service.domain import events as ev
 from service.domain.errors import ErrorCode, TunledgerError, invalid
 from service.domain.observed import Host
-from service.domain.spec import InterfaceSpec, Processing, changes, check, parse_spec, spec_to_json
+from service.domain.spec import InterfaceSpec, changes, check, parse_spec, spec_to_json
 from service.domain.state import Interface, State, Unconfirmed
 from service.domain.values import Address, InterfaceId, InterfaceName, check_host_address, parse_prefixlen
 
@@ -96,7 +96,9 @@ def intended(intent: ev.Intent, interface: Interface | None) -> InterfaceSpec | 
             assert interface is not None
             assert interface.spec is not None
             running = isinstance(intent, ev.ProcessingEnabled)
-            return msgspec.structs.replace(interface.spec, processing=Processing(running=running))
+            return msgspec.structs.replace(
+                interface.spec, processing=msgspec.structs.replace(interface.spec.processing, running=running)
+            )
         case ev.InterfaceRetired():
             return None
         case _:

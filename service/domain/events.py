@@ -169,6 +169,57 @@ class WorkerExited(msgspec.Struct, frozen=True, kw_only=True):
     devices: list[str]
 
 
+class ProcessorCrashed(msgspec.Struct, frozen=True, kw_only=True):
+    """Observation: a processor in an interface's chain took its worker down.
+
+    `stage` is its place in the chain, `status` how the worker ended, `error` what Python said (empty if it did not come
+    to that). `packet` is the start, in hexadecimal, of the packet that was being processed, of `packet_bytes` bytes.
+    `then`: restart (the device is read again, with the processor) or bypass (without it).
+    """
+
+    interface_id: InterfaceId
+    name: InterfaceName
+    worker: int
+    pid: int
+    stage: int
+    processor: str
+    status: str
+    error: str
+    packet: str
+    packet_bytes: int
+    then: str
+
+
+class CaptureStarted(msgspec.Struct, frozen=True, kw_only=True):
+    """Observation: somebody asked for the packets of an interface, and gets them from now on.
+
+    `settings` are those of the processor `capture`; `live` says that they go to the caller and to no file.
+    """
+
+    interface_id: InterfaceId
+    name: InterfaceName
+    capture_id: str
+    live: bool
+    settings: dict[str, Any]
+    request: Request
+
+
+class CaptureStopped(msgspec.Struct, frozen=True, kw_only=True):
+    """Observation: a capture ended, with all that it got.
+
+    `reason`: asked, client_gone, interface_gone, worker_exit, disk_full, shutdown or crash (found at start-up; the
+    figures are then 0).
+    """
+
+    interface_id: InterfaceId
+    name: InterfaceName
+    capture_id: str
+    reason: str
+    packets: int
+    bytes: int
+    dropped: int
+
+
 class ServiceStarted(msgspec.Struct, frozen=True, kw_only=True):
     """Observation: a service opened the log and is about to reconcile."""
 
@@ -223,6 +274,9 @@ Observation = (
     | ContestEnded
     | OrphanRemoved
     | WorkerExited
+    | ProcessorCrashed
+    | CaptureStarted
+    | CaptureStopped
     | ServiceStarted
     | StartupReconciled
     | ServiceStopped

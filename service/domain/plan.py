@@ -14,7 +14,7 @@ from service.domain import steps as st
 from service.domain.decide import name_taken
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.observed import ObservedLink
-from service.domain.spec import InterfaceSpec
+from service.domain.spec import InterfaceSpec, Processing
 from service.domain.token import Token
 from service.domain.values import Address, InterfaceName, Mtu
 
@@ -45,11 +45,13 @@ class Sight:
         link: the link that carries its token, whatever its name now; or the one that did and was watched without a
             break since, though its alias was overwritten; or None.
         attached: whether a worker of ours reads the device.
+        applied: what that worker was told to do, or None where that is not known.
         occupant: a link of somebody else that has the wanted name, or None.
     """
 
     link: ObservedLink | None = None
     attached: bool = False
+    applied: Processing | None = None
     occupant: ObservedLink | None = None
 
 
@@ -70,6 +72,13 @@ def differences(token: Token, name: str, spec: InterfaceSpec | None, sight: Sigh
             found.append(Difference(f"{name}.{key}", desired, observed))
     if spec.processing.running != sight.attached:
         found.append(Difference(f"{name}.processing.running", spec.processing.running, sight.attached))
+    elif spec.processing.running and sight.applied is not None:
+        if sight.applied.offloads is not spec.processing.offloads:
+            desired, applied = spec.processing.offloads.value, sight.applied.offloads.value
+            found.append(Difference(f"{name}.processing.offloads", desired, applied))
+        if sight.applied.chain != spec.processing.chain:
+            stages, others = list(spec.processing.chain), list(sight.applied.chain)
+            found.append(Difference(f"{name}.processing.chain", stages, others))
     if link.token != token:
         found.append(Difference(f"{name}.alias", str(token), link.alias))
     if link.link_group in st.REMOVAL_GROUPS:  # a removal that a crash cut short
@@ -174,7 +183,8 @@ def _edit(token: Token, spec: InterfaceSpec, sight: Sight, link: ObservedLink) -
     name, out = spec.name, list[st.Step]()
     if link.token != token:  # first: nothing else may touch a link that does not say that it is ours
         out.append(st.SetAlias(link.name, link.ifindex, token))
-    if not spec.processing.running and sight.attached:
+    reopened = _reopened(spec, sight)
+    if sight.attached and (reopened or not spec.processing.running):
         out.append(st.StopProcessing(link.name, token.interface_id))
     if link.name != name:
         out += _rename(name, link, sight.occupant, token)
@@ -193,9 +203,17 @@ def _edit(token: Token, spec: InterfaceSpec, sight: Sight, link: ObservedLink) -
     out += _edit_addresses(spec, link)
     if spec.up and not link.up:  # last, so that nothing can be sent over a half-made link
         out.append(st.SetUp(name))
-    if spec.processing.running and not sight.attached:
-        out.append(st.StartProcessing(name, token.interface_id, spec.mode, spec.multi_queue))
+    if spec.processing.running and (reopened or not sight.attached):
+        out.append(st.StartProcessing(name, token.interface_id, spec.mode, spec.multi_queue, spec.processing))
+    elif spec.processing.running and sight.applied is not None and sight.applied.chain != spec.processing.chain:
+        out.append(st.ConfigureProcessing(name, token.interface_id, spec.processing))
     return tuple(out)
+
+
+def _reopened(spec: InterfaceSpec, sight: Sight) -> bool:
+    """Whether the device has to be opened anew: what its packets come with is settled when it is attached."""
+    applied = sight.applied
+    return sight.attached and applied is not None and applied.offloads is not spec.processing.offloads
 
 
 def _rename(name: InterfaceName, link: ObservedLink, occupant: ObservedLink | None, token: Token) -> list[st.Step]:
@@ -249,6 +267,8 @@ def _words(value: object) -> str:
         case bool():
             return "true" if value else "false"
         case list():
-            return ", ".join(map(str, value)) or "none"
+            return ", ".join(
+                str(item.get("processor", item)) if isinstance(item, dict) else str(item) for item in value
+            ) or ("none")
         case _:
             return str(value)

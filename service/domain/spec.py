@@ -11,6 +11,7 @@ from typing import Any, Final
 import msgspec
 
 from service.domain import values
+from service.domain.chain import Chain, parse_chain, targets
 from service.domain.errors import ErrorCode, TunledgerError, invalid, shown_key
 from service.domain.values import Address, InterfaceName, Mode, Mtu
 
@@ -19,10 +20,25 @@ UID_MAX = 2**32 - 2  # (uid_t) -1 means "nobody" to TUNSETOWNER
 TXQUEUELEN_DEFAULT = 1000  # the kernel's 500 for TUN is too small for bursts
 
 
+class Offloads(StrEnum):
+    """Whether a device's reader may be handed segments of up to 64 KiB and unfinished checksums (IFF_VNET_HDR)."""
+
+    AUTO = "auto"
+    OFF = "off"
+
+
 class Processing(msgspec.Struct, frozen=True):
-    """Whether our workers read the device. While not, we hold no descriptor of it and others may open it."""
+    """Whether our workers read the device. While not, we hold no descriptor of it and others may open it.
+
+    Attributes:
+        running: whether they do.
+        chain: what they do with its packets, in order (`service.domain.chain`); without, packets are counted only.
+        offloads: auto asks the kernel for what it has, off keeps packets as they are on a wire.
+    """
 
     running: bool = False
+    chain: Chain = ()
+    offloads: Offloads = Offloads.AUTO
 
 
 class Drift(StrEnum):
@@ -45,7 +61,9 @@ class InterfaceSpec(msgspec.Struct, frozen=True, kw_only=True):
         owner, group: numeric ids that may open the device besides root, or None.
         multi_queue: several descriptors at once; changing it means a new device.
         mac: hardware address of a tap, or None for the kernel's choice.
-        processing: whether our workers read it.
+        netns: the network namespace it lives in, by its name under /run/netns, or None for the service's own; changing
+            it means a new device.
+        processing: whether our workers read it, and what they do with its packets.
         drift: whether what others change on it is repaired, or only reported.
         description, labels: for people and their tools.
     """
@@ -60,6 +78,7 @@ class InterfaceSpec(msgspec.Struct, frozen=True, kw_only=True):
     group: int | None = None
     multi_queue: bool = False
     mac: str | None = None
+    netns: str | None = None
     processing: Processing = Processing()
     drift: Drift = Drift.REPAIR
     description: str = ""
@@ -81,6 +100,8 @@ def check(spec: InterfaceSpec) -> InterfaceSpec:
         raise invalid("addresses", ", ".join(map(str, spec.addresses)), "has the same address twice")
     if len(spec.addresses) > ADDRESSES_MAX:
         raise invalid("addresses", f"{len(spec.addresses)} addresses", f"are too many; at most {ADDRESSES_MAX}")
+    if spec.name in targets(spec.processing.chain):
+        raise invalid("processing.chain", spec.name, "cannot forward to itself")
     if spec.mac is not None and spec.mode is not Mode.TAP:
         raise invalid("mac", spec.mac, "does not go with mode tun, which has no hardware address")
     return spec
@@ -109,8 +130,18 @@ def _mac(value: object, field: str) -> str | None:
 def _processing(value: object, field: str) -> Processing:
     if not isinstance(value, dict):
         raise invalid(field, value, 'is not an object such as {"running": true}')
-    refuse_unknown(value, ("running",), f"{field}.")
-    return Processing(running=values.parse_bool(value.get("running", False), f"{field}.running"))
+    refuse_unknown(value, ("running", "chain", "offloads"), f"{field}.")
+    return Processing(
+        running=values.parse_bool(value.get("running", False), f"{field}.running"),
+        chain=parse_chain(value.get("chain", []), f"{field}.chain"),
+        offloads=_offloads(value.get("offloads", "auto"), f"{field}.offloads"),
+    )
+
+
+def _offloads(value: object, field: str) -> Offloads:
+    if value not in ("auto", "off"):
+        raise invalid(field, value, 'is not "auto" or "off"')
+    return Offloads(str(value))
 
 
 def _drift(value: object, field: str) -> Drift:
@@ -130,6 +161,7 @@ _PARSERS: Final[Mapping[str, Callable[[Any, str], Any]]] = {
     "group": _account,
     "multi_queue": values.parse_bool,
     "mac": _mac,
+    "netns": lambda value, field: None if value is None else values.parse_netns(value, field),
     "processing": _processing,
     "drift": _drift,
     "description": values.parse_description,
@@ -174,7 +206,12 @@ def spec_to_json(spec: InterfaceSpec) -> dict[str, Any]:
         "group": spec.group,
         "multi_queue": spec.multi_queue,
         "mac": spec.mac,
-        "processing": {"running": spec.processing.running},
+        "netns": spec.netns,
+        "processing": {
+            "running": spec.processing.running,
+            "chain": [dict(stage) for stage in spec.processing.chain],
+            "offloads": spec.processing.offloads.value,
+        },
         "drift": spec.drift.value,
         "description": spec.description,
         "labels": dict(spec.labels),

@@ -12,7 +12,7 @@ import msgspec
 from service.domain import events as ev
 from service.domain.commands import Request
 from service.domain.errors import ErrorCode, TunledgerError
-from service.domain.spec import InterfaceSpec, Processing
+from service.domain.spec import InterfaceSpec
 from service.domain.values import CommandId, InterfaceId, InterfaceName
 
 
@@ -198,6 +198,9 @@ def evolve(state: State, event: ev.Recorded) -> None:
             | ev.InterfaceContested()
             | ev.ContestEnded()
             | ev.OrphanRemoved()
+            | ev.ProcessorCrashed()
+            | ev.CaptureStarted()
+            | ev.CaptureStopped()
         ):
             _bump(state, event, body.interface_id)
         case ev.ServiceStarted():
@@ -260,7 +263,7 @@ def _with_processing(state: State, event: ev.Recorded, interface_id: InterfaceId
     spec = _known(state, event, interface_id).spec
     if spec is None:
         raise _impossible(event, "changes an interface that was never applied")
-    return msgspec.structs.replace(spec, processing=Processing(running=running))
+    return msgspec.structs.replace(spec, processing=msgspec.structs.replace(spec.processing, running=running))
 
 
 def _known(state: State, event: ev.Recorded, interface_id: InterfaceId) -> Interface:

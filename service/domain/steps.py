@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 
+from service.domain.spec import Processing
 from service.domain.token import Token
 from service.domain.values import Address, InterfaceId, InterfaceName, Mode
 
 # Link groups that links of ours are moved into on their way out, so that they leave together: 0x7461 is "ta". A link
 # that is to stay and is found in one of them was left there by a crash.
 REMOVAL_GROUPS = range(0x7461_0000, 0x7462_0000)
+
+COUNT_ONLY = Processing(running=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,15 +180,28 @@ class SetDown:
 
 @dataclass(frozen=True, slots=True)
 class StartProcessing:
-    """Open the device and hand it to a worker."""
+    """Open the device and hand it to a worker, with what is to be done with its packets."""
 
     name: InterfaceName
     interface_id: InterfaceId
     mode: Mode
     multi_queue: bool
+    processing: Processing = COUNT_ONLY
 
     def __str__(self) -> str:
-        return f"# start processing on {self.name}"
+        return f"# start processing on {self.name}{_chain(self.processing)}"
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigureProcessing:
+    """Have the worker that reads the device do something else with its packets, losing none."""
+
+    name: InterfaceName
+    interface_id: InterfaceId
+    processing: Processing
+
+    def __str__(self) -> str:
+        return f"# change processing on {self.name}{_chain(self.processing) or ': count only'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,5 +231,11 @@ Step = (
     | SetUp
     | SetDown
     | StartProcessing
+    | ConfigureProcessing
     | StopProcessing
 )
+
+
+def _chain(processing: Processing) -> str:
+    stages = ", ".join(stage["processor"] for stage in processing.chain)
+    return f": {stages}" if stages else ""

@@ -24,9 +24,11 @@ IPV6_MTU_MIN = 1280  # RFC 8200, section 5; below it the kernel takes IPv6 off t
 TXQUEUELEN_MAX = 1_000_000  # far above use; a packet each in kernel memory
 DESCRIPTION_CHARS_MAX = 256
 LABELS_MAX = 32
+NETNS_CHARS_MAX = 64
 
 _NAME_CHAR = re.compile(r"[!-~]")  # printable ASCII without the blank
 _LABEL_KEY = re.compile(r"[a-z0-9]([a-z0-9._/-]{0,61}[a-z0-9])?")
+_NETNS = re.compile(rf"[A-Za-z0-9_.+@-]{{1,{NETNS_CHARS_MAX}}}")
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 
 
@@ -96,6 +98,18 @@ def parse_name(value: object, field: str = "name") -> InterfaceName:
     if value in {"all", "default"}:  # sysctl_dev_name_is_allowed in net/ipv4/devinet.c
         raise invalid(field, value, "is no interface name: in /proc/sys/net it stands for all interfaces, or new ones")
     return InterfaceName(value)
+
+
+def parse_netns(value: object, field: str = "netns") -> str:
+    """The name of a network namespace as `ip netns` has it: an entry of /run/netns. Raises TunledgerError:
+    invalid_field.
+    """
+    would_do = (
+        f"is not the name of a network namespace: 1 to {NETNS_CHARS_MAX} letters, digits, '_', '-', '.', '+', '@'"
+    )
+    if not isinstance(value, str) or not _NETNS.fullmatch(value) or value in {".", ".."}:
+        raise invalid(field, value, would_do)
+    return value
 
 
 def parse_mtu(value: object, field: str = "mtu") -> Mtu:

@@ -319,7 +319,13 @@ class Batch:
                 return None
             case st.AdoptLink():
                 return None
-            case st.StartProcessing() | st.StopProcessing() | st.CreateLink() | st.DeleteLink():
+            case (
+                st.StartProcessing()
+                | st.ConfigureProcessing()
+                | st.StopProcessing()
+                | st.CreateLink()
+                | st.DeleteLink()
+            ):
                 raise TunledgerError(ErrorCode.INTERNAL, f"{step} is not for the kernel to change a link with")
             case _:
                 assert_never(step)

@@ -379,7 +379,13 @@ class FakeKernel:
                 self._remove_address(link, step.address)
             case st.AdoptLink():
                 pass
-            case st.StartProcessing() | st.StopProcessing() | st.CreateLink() | st.DeleteLink():
+            case (
+                st.StartProcessing()
+                | st.ConfigureProcessing()
+                | st.StopProcessing()
+                | st.CreateLink()
+                | st.DeleteLink()
+            ):
                 raise TunledgerError(ErrorCode.INTERNAL, f"{step} is not for the kernel to change a link with")
             case _:
                 assert_never(step)

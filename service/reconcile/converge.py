@@ -5,7 +5,7 @@ with the results is the engine's business. Many interfaces go together: one look
 one look again; one that fails, fails alone.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from service import failpoints
@@ -13,7 +13,7 @@ from service.domain import steps as st
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.observed import Observed, ObservedLink
 from service.domain.plan import Difference, Sight, differences, plan, verify
-from service.domain.spec import InterfaceSpec
+from service.domain.spec import InterfaceSpec, Processing
 from service.domain.token import Token
 from service.domain.values import InterfaceId, InterfaceName
 from service.reconcile.hands import Figures, Hands, Monitor
@@ -80,10 +80,15 @@ def look(hands: Hands, wanted: Sequence[Wanted]) -> tuple[dict[InterfaceId, Sigh
 
 
 def sights(
-    wanted: Iterable[Wanted], observed: Observed, attached: frozenset[str], monitor: Monitor | None = None
+    wanted: Iterable[Wanted],
+    observed: Observed,
+    attached: Collection[str],
+    monitor: Monitor | None = None,
+    applied: Mapping[InterfaceId, Processing] | None = None,
 ) -> dict[InterfaceId, Sight]:
     """Match interfaces to links: a link under the wanted name counts first, then one that bears the token, then the
-    one that was the interface's own until now and was watched all the time, whatever its alias says.
+    one that was the interface's own until now and was watched all the time, whatever its alias says. `attached` and
+    `applied` tell what workers hold, and do with it.
     """
     by_token = {link.token: link for link in observed.links.values() if link.token is not None}
     by_index: Mapping[int, ObservedLink] | None = None
@@ -97,7 +102,12 @@ def sights(
             link = by_index.get(ifindex)
             if link is not None and (link.mode is None or link.token is not None):
                 link = None  # it says that it is another's
-        found[each.id] = Sight(link=link, attached=each.id in attached, occupant=named if named is not link else None)
+        found[each.id] = Sight(
+            link=link,
+            attached=each.id in attached,
+            applied=(applied or {}).get(each.id),
+            occupant=named if named is not link else None,
+        )
     return found
 
 

@@ -32,7 +32,7 @@ from service.domain.decide import confirm, decide, intended, take_back
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.observed import Host, Observed, ObservedLink
 from service.domain.plan import Difference, Sight, differences, leave_be, plan
-from service.domain.spec import Drift, InterfaceSpec, Processing
+from service.domain.spec import Drift, InterfaceSpec
 from service.domain.state import Interface, State, Unconfirmed, evolve
 from service.domain.steps import StartProcessing, Step
 from service.domain.token import Token
@@ -1164,7 +1164,7 @@ def _at_rest(spec: InterfaceSpec | None, interfaces: str) -> InterfaceSpec | Non
     """What an interface is to be while the service is away: gone, or there with nobody reading it."""
     if interfaces == "remove" or spec is None:
         return None
-    return msgspec.structs.replace(spec, processing=Processing(running=False))
+    return msgspec.structs.replace(spec, processing=msgspec.structs.replace(spec.processing, running=False))
 
 
 def _own_part(result: Result, *, starting: bool, asked: bool) -> Result | None:

@@ -20,8 +20,8 @@ GENESIS = "0" * 64  # the previous hash of the first event
 
 # Type name -> (schema version written today, class).
 TYPES: Final[Mapping[str, tuple[int, type[ev.Event]]]] = {
-    "InterfaceDeclared": (2, ev.InterfaceDeclared),
-    "InterfaceReconfigured": (2, ev.InterfaceReconfigured),
+    "InterfaceDeclared": (3, ev.InterfaceDeclared),
+    "InterfaceReconfigured": (3, ev.InterfaceReconfigured),
     "ProcessingEnabled": (1, ev.ProcessingEnabled),
     "ProcessingDisabled": (1, ev.ProcessingDisabled),
     "InterfaceRetired": (1, ev.InterfaceRetired),
@@ -36,6 +36,9 @@ TYPES: Final[Mapping[str, tuple[int, type[ev.Event]]]] = {
     "ContestEnded": (1, ev.ContestEnded),
     "OrphanRemoved": (1, ev.OrphanRemoved),
     "WorkerExited": (1, ev.WorkerExited),
+    "ProcessorCrashed": (1, ev.ProcessorCrashed),
+    "CaptureStarted": (1, ev.CaptureStarted),
+    "CaptureStopped": (1, ev.CaptureStopped),
     "ServiceStarted": (1, ev.ServiceStarted),
     "StartupReconciled": (1, ev.StartupReconciled),
     "ServiceStopped": (1, ev.ServiceStopped),
@@ -48,10 +51,19 @@ def _drift_repaired(payload: dict[str, Any]) -> dict[str, Any]:
     return payload | {"spec": payload["spec"] | {"drift": "repair"}}
 
 
+def _chain_empty(payload: dict[str, Any]) -> dict[str, Any]:
+    """Before packets could be processed they were counted only, as they came, in the service's own namespace."""
+    spec = payload["spec"]
+    processing = spec["processing"] | {"chain": [], "offloads": "off"}
+    return payload | {"spec": spec | {"netns": None, "processing": processing}}
+
+
 # (type name, schema version) -> payload of that version to payload of the next.
 UPCASTERS: Final[Mapping[tuple[str, int], Callable[[dict[str, Any]], dict[str, Any]]]] = {
     ("InterfaceDeclared", 1): _drift_repaired,
     ("InterfaceReconfigured", 1): _drift_repaired,
+    ("InterfaceDeclared", 2): _chain_empty,
+    ("InterfaceReconfigured", 2): _chain_empty,
 }
 
 

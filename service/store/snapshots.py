@@ -26,7 +26,7 @@ import msgspec
 import sqlalchemy as sa
 
 from service import failpoints
-from service.domain import commands, events, spec, state, values
+from service.domain import chain, commands, events, spec, state, values
 from service.domain import events as ev
 from service.domain.errors import TunledgerError
 from service.domain.state import Interface, State, Unconfirmed, evolve
@@ -181,7 +181,7 @@ def form() -> str:
     From the sources themselves, so that nobody has to remember to raise a number.
     """
     digest = hashlib.sha256(str(LAYOUT).encode())
-    for module in (commands, events, spec, state, values, codec):
+    for module in (chain, commands, events, spec, state, values, codec):
         assert module.__file__ is not None
         digest.update(Path(module.__file__).read_bytes())
     digest.update(Path(__file__).read_bytes())

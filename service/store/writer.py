@@ -65,7 +65,7 @@ Job = Callable[[sa.Connection], None]
 _DONE = (
     *(ev.CommandApplied, ev.CommandFailed, ev.DriftRepaired, ev.RepairFailed, ev.OrphanRemoved),
     *(ev.DriftEnded, ev.InterfaceContested, ev.ContestEnded),
-    *(ev.StartupReconciled, ev.ServiceStopped),
+    *(ev.CaptureStopped, ev.StartupReconciled, ev.ServiceStopped),
 )
 _LESS = (ev.InterfaceRetired, ev.ChangeConfirmed)
 TAKE_BACK = "take_back"  # the call of the request that undoes a change nobody confirmed

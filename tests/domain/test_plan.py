@@ -1,9 +1,9 @@
 """Planning, case by case: each folder in `plans/` is a host, what is desired of it, and the plan.
 
 `desired` is a spec, or a name with `"retired": true`. `observed` has the links (ours but for `"stranger": true`; one
-with an `"alias"` was ours until that was written over it, and watched all the time) and whether a worker reads the
-device. `plan` has one step on a line, or `refused: CODE`. Every plan is also carried out on
-the fake kernel, where it has to arrive. A new case is a new folder.
+with an `"alias"` was ours until that was written over it, and watched all the time), whether a worker reads the device,
+and what it was told to do (`applied`). `plan` has one step on a line, or `refused: CODE`. Every plan is also carried
+out on the fake kernel, where it has to arrive. A new case is a new folder.
 """
 
 import json
@@ -16,7 +16,7 @@ from service.domain import steps as st
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.observed import ObservedLink
 from service.domain.plan import Difference, Sight, differences, plan, verify
-from service.domain.spec import InterfaceSpec, parse_spec
+from service.domain.spec import InterfaceSpec, Processing, parse_spec
 from service.domain.token import Token
 from service.domain.values import Address, InterfaceName, Mode
 from service.kernel.fake import FakeKernel
@@ -26,6 +26,7 @@ from tests.domain.builders import addr, interface_id, name, spec, token
 
 PLANS = Path(__file__).parent / "plans"
 OURS = token()
+INSPECT = [{"processor": "inspect"}]
 
 
 def host_of(observed: dict[str, Any]) -> FakeKernel:
@@ -71,22 +72,26 @@ class Watching(NoMonitor):
         return self._ifindex
 
 
-def sight_of(kernel: FakeKernel, called: str, *, attached: bool, watched: int | None = None) -> Sight:
-    devices = frozenset([OURS.interface_id] if attached else [])
+def sight_of(kernel: FakeKernel, called: str, attached: Processing | None, watched: int | None = None) -> Sight:
+    devices = {} if attached is None else {OURS.interface_id: attached}
     wanted = [Wanted(OURS, InterfaceName(called), None)]
-    return sights(wanted, kernel.observe(), devices, Watching(watched))[OURS.interface_id]
+    return sights(wanted, kernel.observe(), devices, Watching(watched), devices)[OURS.interface_id]
 
 
-def carry_out(kernel: FakeKernel, steps: tuple[st.Step, ...], *, attached: bool) -> bool:
-    """As converge does; gives whether a worker reads the device afterwards."""
+def carry_out(kernel: FakeKernel, steps: tuple[st.Step, ...], attached: Processing | None) -> Processing | None:
+    """As converge does; gives what a worker does with the device afterwards."""
     for step in steps:
         match step:
             case st.StartProcessing():
-                assert not attached
-                attached = True
+                assert attached is None
+                attached = step.processing
+            case st.ConfigureProcessing():
+                assert attached is not None
+                assert attached.offloads is step.processing.offloads, "that takes a new descriptor"
+                attached = step.processing
             case st.StopProcessing():
-                assert attached
-                attached = False
+                assert attached is not None
+                attached = None
             case _:
                 kernel.execute(OURS, [step])
     return attached
@@ -104,11 +109,13 @@ def test_plan(case: str) -> None:
     desired = json.loads((PLANS / case / "desired").read_text())
     observed = json.loads((PLANS / case / "observed").read_text())
     expected = (PLANS / case / "plan").read_text().splitlines()
-    kernel, attached = host_of(observed), observed["attached"]
+    kernel = host_of(observed)
+    told = parse_spec({"name": "x", "processing": {"running": True, **observed.get("applied", {})}}).processing
+    attached = told if observed["attached"] else None
     called, wanted = name(desired["name"]), None if desired.get("retired") else parse_spec(desired)
     links = kernel.observe().links
     watched = next((links[link["name"]].ifindex for link in observed["links"] if "alias" in link), None)
-    sight = sight_of(kernel, called, attached=attached, watched=watched)
+    sight = sight_of(kernel, called, attached, watched)
     try:
         steps = plan(OURS, called, wanted, sight)
     except TunledgerError as refused:
@@ -117,8 +124,8 @@ def test_plan(case: str) -> None:
     assert [str(step) for step in steps] == expected
     assert bool(differences(OURS, called, wanted, sight)) is bool(steps), "no step without a difference, and vice versa"
     before = {index: link for index, link in strangers(kernel).items() if index != watched}
-    attached = carry_out(kernel, steps, attached=attached)
-    after = sight_of(kernel, called, attached=attached)
+    attached = carry_out(kernel, steps, attached)
+    after = sight_of(kernel, called, attached)
     assert differences(OURS, called, wanted, after) == ()
     assert plan(OURS, called, wanted, after) == ()
     verify(OURS, called, wanted, after)
@@ -144,6 +151,7 @@ def test_every_kind_of_step_is_planned_in_some_case() -> None:
         st.SetUp(name()),
         st.SetDown(name()),
         st.StartProcessing(name(), OURS.interface_id, Mode.TUN, False),
+        st.ConfigureProcessing(name(), OURS.interface_id, spec(processing={"chain": INSPECT}).processing),
         st.StopProcessing("tun0", OURS.interface_id),
     ]
     assert {str(step) for step in examples} <= planned

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from service.domain import events as ev
 from service.domain.commands import Request
-from service.domain.spec import InterfaceSpec, Processing
+from service.domain.spec import InterfaceSpec, Offloads, Processing
 from service.domain.values import Address, Mode
 from service.store import codec
 
@@ -37,7 +37,13 @@ SPECS: Final = st.builds(
     group=st.none() | INTEGERS,
     multi_queue=st.booleans(),
     mac=st.none() | TEXT,
-    processing=st.builds(Processing, running=st.booleans()),
+    netns=st.none() | TEXT,
+    processing=st.builds(
+        Processing,
+        running=st.booleans(),
+        chain=st.lists(st.dictionaries(KEYS, JSON, max_size=4), max_size=3).map(tuple),
+        offloads=st.sampled_from(Offloads),
+    ),
     description=TEXT,
     labels=st.dictionaries(KEYS, TEXT, max_size=4),
 )
@@ -49,6 +55,7 @@ _BY_TYPE: Final[Mapping[Any, st.SearchStrategy[Any]]] = {
     str | None: st.none() | TEXT,
     list[str]: st.lists(TEXT, max_size=3),
     list[dict[str, Any]]: st.lists(st.dictionaries(KEYS, JSON, max_size=4), max_size=3),
+    dict[str, Any]: st.dictionaries(KEYS, JSON, max_size=4),
     ev.FinishedBy: st.sampled_from(typing.get_args(ev.FinishedBy)),
     InterfaceSpec: SPECS,
     Request: REQUESTS,

@@ -380,7 +380,7 @@ CLAIMS = {
     Claim.DONE: {
         *("CommandApplied", "CommandFailed", "DriftRepaired", "RepairFailed", "OrphanRemoved"),
         *("DriftEnded", "InterfaceContested", "ContestEnded"),
-        *("StartupReconciled", "ServiceStopped"),
+        *("CaptureStopped", "StartupReconciled", "ServiceStopped"),
     },
     Claim.LESS: {"InterfaceRetired", "ChangeConfirmed"},
 }
