@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,10 @@ class SystemClock:
         """How long until a UTC time in that form; negative if it is past."""
         moment = datetime.datetime.fromisoformat(stamp)
         return (moment - datetime.datetime.now(datetime.UTC)).total_seconds()
+
+    def elapsed_s(self) -> float:
+        """CLOCK_BOOTTIME (clock_gettime(2)): nobody sets it, and it goes on while the host sleeps."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def new_id(self) -> str:
         """A new UUIDv7."""

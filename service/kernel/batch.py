@@ -317,8 +317,6 @@ class Batch:
             case st.SetOwner():
                 self._set_owner(step, ifindex)
                 return None
-            case st.AdoptLink():
-                return None
             case (
                 st.StartProcessing()
                 | st.ConfigureProcessing()

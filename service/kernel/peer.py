@@ -29,7 +29,20 @@ _ANSWER_TIMEOUT_S = 1.0  # the kernel answers within the sending call
 
 Endpoint = tuple[str, int]
 
-_SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})  # of descriptors, or of memory
+# The kernel's word that there is no such socket (net/ipv4/inet_hashtables.c), or that asking is not for this process or
+# this kernel. Anything else says nothing of the caller, and may pass.
+_DEFINITE = frozenset(
+    {
+        errno.ENOENT,
+        errno.EPERM,
+        errno.EACCES,
+        errno.EAFNOSUPPORT,
+        errno.EPROTONOSUPPORT,
+        errno.EOPNOTSUPP,
+        errno.ENOSYS,
+        errno.EINVAL,
+    }
+)
 
 
 def owner(client: Endpoint, server: Endpoint) -> int:
@@ -39,8 +52,8 @@ def owner(client: Endpoint, server: Endpoint) -> int:
     request), so that believing it would make root of anybody who closes fast enough; such have no inode.
 
     Raises:
-        TunledgerError: unauthorized, if the kernel knows no such socket or nobody holds it any more; overloaded, if
-            there is no descriptor or memory left to ask with.
+        TunledgerError: unauthorized, if the kernel knows no such socket or nobody holds it any more, or if this
+            process may not ask at all; overloaded, if the kernel could not be asked just now.
     """
     ip, port = ipaddress.ip_address(client[0].partition("%")[0]), client[1]
     peer, peer_port = ipaddress.ip_address(server[0].partition("%")[0]), server[1]
@@ -55,21 +68,16 @@ def owner(client: Endpoint, server: Endpoint) -> int:
     try:
         answer = _ask(body)
     except OSError as error:
-        if error.errno in _SHORT:
-            words = f"cannot ask the kernel who calls: {os.strerror(error.errno)}; try again"
-            raise TunledgerError(
-                ErrorCode.OVERLOADED, words, retry=True, errno_name=errno.errorcode[error.errno]
-            ) from error
-        raise _unknown(client, os.strerror(error.errno or errno.EIO)) from error
+        raise _refused(client, error.errno or errno.ETIMEDOUT) from error
     return read_owner(answer, client)
 
 
 def read_owner(answer: bytes, client: Endpoint) -> int:
-    """The uid in the kernel's answer. Raises TunledgerError: unauthorized."""
+    """The uid in the kernel's answer. Raises TunledgerError: as `owner`."""
     _length, kind, _flags, _sequence, _port = _NLMSGHDR.unpack_from(answer)
     if kind == NLMSG_ERROR:
         (code,) = struct.unpack_from("=i", answer, _NLMSGHDR.size)
-        raise _unknown(client, os.strerror(-code))
+        raise _refused(client, -code)
     if kind != SOCK_DIAG_BY_FAMILY or len(answer) < _NLMSGHDR.size + _ANSWER.size + _SOCKID_BYTES + _TAIL.size:
         raise _unknown(client, "the kernel's answer makes no sense")
     _family, state, _timer, _retransmits = _ANSWER.unpack_from(answer, _NLMSGHDR.size)
@@ -88,6 +96,18 @@ def _ask(body: bytes) -> bytes:
         header = _NLMSGHDR.pack(_NLMSGHDR.size + len(body), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, 1, 0)
         diag.sendto(header + body, (0, 0))
         return diag.recv(8192)
+
+
+def _refused(client: Endpoint, number: int) -> TunledgerError:
+    if number in _DEFINITE:
+        return _unknown(client, os.strerror(number))
+    words = os.strerror(number) if number in errno.errorcode else f"error {number}"
+    return TunledgerError(
+        ErrorCode.OVERLOADED,
+        f"cannot ask the kernel who calls: {words}; try again",
+        retry=True,
+        errno_name=errno.errorcode.get(number, str(number)),
+    )
 
 
 def _unknown(client: Endpoint, why: str) -> TunledgerError:

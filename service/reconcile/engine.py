@@ -58,7 +58,7 @@ from service.store.answers import Kept, Reply
 from service.store.counters import CounterKeeper
 from service.store.writer import LogWriter
 
-IN_FLIGHT_MAX = 256  # commands between their arrival and their outcome; more are refused as overloaded
+IN_FLIGHT_MAX = 256  # commands, confirmations and orders to reconcile that are not done; more are refused
 
 log = structlog.get_logger("tunledger.engine")
 
@@ -122,7 +122,7 @@ class Engine:
             troubles=self.troubles,
             render=render,
             look_again=self.look_again,
-            deadline_set=self.wake.set,
+            deadline_set=self._deadline_set,
         )
         self._deadlines = Deadlines(journal=self._journal, locks=self._locks, finishing=self._finishing, render=render)
         self._orphans = Orphans(journal=self._journal, applying=self._applying, knows=knows)
@@ -170,10 +170,7 @@ class Engine:
                 With an Idempotency-Key only what a repetition may change; everything else is in the reply.
         """
         self._refuse_if_closed()
-        if len(self._tasks) >= IN_FLIGHT_MAX:
-            raise TunledgerError(
-                ErrorCode.OVERLOADED, f"{IN_FLIGHT_MAX} commands are being carried out; try again", retry=True
-            )
+        self._refuse_if_too_many()
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if submission.request.key:
             work = self._reply_to(submission, accepted)
@@ -230,14 +227,19 @@ class Engine:
         """Make a change stay that awaits confirmation: the one of command `submission.request.confirms`.
 
         Raises:
-            TunledgerError: not_awaiting.
+            TunledgerError: not_awaiting; overloaded.
         """
         self._refuse_if_closed()
+        self._refuse_if_too_many()
         work = self._deadlines.confirm(submission)
         if submission.request.key:
             return await asyncio.shield(self._keys.once(submission.actor, submission.request, work))
         reply: Reply = await asyncio.shield(self._spawn(work))
         return reply
+
+    def _deadline_set(self) -> None:
+        self._deadlines.note()
+        self.wake.set()
 
     async def take_back_overdue(self) -> None:
         """Undo every change that was not confirmed in time."""
@@ -300,6 +302,12 @@ class Engine:
                 ErrorCode.LOG_UNAVAILABLE,
                 "the service has not been able to look at the host yet; try again",
                 retry=True,
+            )
+
+    def _refuse_if_too_many(self) -> None:
+        if len(self._tasks) >= IN_FLIGHT_MAX:
+            raise TunledgerError(
+                ErrorCode.OVERLOADED, f"{IN_FLIGHT_MAX} commands are being carried out; try again", retry=True
             )
 
     async def _carry_out(self, submission: cmd.Submission, accepted: "asyncio.Future[None] | None") -> Answer:
@@ -379,6 +387,7 @@ class Engine:
     async def reconcile_for(self, submission: cmd.Submission) -> Reply:
         """Reconcile because a client asks; with an Idempotency-Key once only. Raises TunledgerError."""
         self._refuse_if_closed()
+        self._refuse_if_too_many()
         work = self._reconcile_for(submission)
         if submission.request.key:
             return await asyncio.shield(self._keys.once(submission.actor, submission.request, work))

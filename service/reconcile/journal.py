@@ -99,3 +99,7 @@ class Journal:
     def seconds_until(self, stamp: str) -> float:
         """How long until such a time; negative if it is past."""
         return self._clock.seconds_until(stamp)
+
+    def elapsed_s(self) -> float:
+        """Seconds on a clock that nobody sets."""
+        return self._clock.elapsed_s()

@@ -158,6 +158,29 @@ def test_the_kernels_refusal_is_ours() -> None:
     assert str(caught.value).startswith("the kernel does not say who called from 127.0.0.1 port 4711: ")
 
 
+SHORT = [errno.EINTR, errno.ENOMEM, errno.ENOBUFS, errno.EMFILE, errno.EAGAIN, None]
+
+
+@pytest.mark.parametrize("number", SHORT)
+def test_what_says_nothing_of_the_caller_is_to_be_tried_again(
+    number: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not 401, which a client would take for the last word."""
+    client, server = ("127.0.0.1", 4711), ("127.0.0.1", 8080)
+
+    def fails(_body: bytes) -> bytes:
+        raise OSError(number, "failed") if number is not None else TimeoutError("timed out")
+
+    monkeypatch.setattr(peer, "_ask", fails)
+    with pytest.raises(TunledgerError) as asked:
+        peer.owner(client, server)
+    answer = struct.pack("=IHHIIi", 36, peer.NLMSG_ERROR, 0, 1, 0, -(number or errno.ETIMEDOUT)) + bytes(16)
+    with pytest.raises(TunledgerError) as answered:
+        peer.read_owner(answer, client)
+    for caught in (asked, answered):
+        assert (caught.value.code, caught.value.retry) == (ErrorCode.OVERLOADED, True)
+
+
 @given(some.binary(min_size=16, max_size=120))
 def test_a_garbled_answer_lets_nobody_in(answer: bytes) -> None:
     try:
