@@ -1,6 +1,7 @@
 """The composition root: the only module that knows every room. Opens everything in order, and closes it backwards.
 
-lock -> database -> fold -> writer, applier, workers -> start-up reconciliation -> HTTP
+lock -> database -> fold -> writer, applier -> start-up reconciliation -> HTTP
+     -> workers  ------------------^
 """
 
 import asyncio
@@ -393,7 +394,8 @@ class _Service:
         ]
         for task in tasks:
             task.add_done_callback(lambda ended: _tell_of_end(engine, ended))
-        gc.collect()
+        if gc.isenabled():
+            gc.collect()  # what served before this turn; a first start leaves 200 KiB, not worth looking for
         gc.freeze()  # what start-up made lives as long as the service: later collections need not look at it
         gc.enable()
         failpoints.reach("app.ready")

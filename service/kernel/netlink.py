@@ -73,12 +73,13 @@ def _align(length: int) -> int:
 
 def attributes(data: bytes | memoryview, offset: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Walk nlattrs: (type, start, stop) of each value in `data`; stops at the first that does not fit."""
+    unpack = _ATTR.unpack_from
     while offset + 4 <= end:
-        length, kind = _ATTR.unpack_from(data, offset)
+        length, kind = unpack(data, offset)
         if length < 4 or offset + length > end:
             return
         yield kind & 0x3FFF, offset + 4, offset + length
-        offset += _align(length)
+        offset += (length + 3) & ~3
 
 
 class RouteSocket:
