@@ -30,7 +30,6 @@ from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.values import CommandId, InterfaceId, NodeId
 from service.kernel.linux import LinuxKernel
 from service.kernel.monitor import Monitor
-from service.kernel.netlink import warm_up
 from service.reconcile.answer import Finished
 from service.reconcile.applier import Applier
 from service.reconcile.engine import Engine
@@ -400,7 +399,6 @@ class _Service:
         gc.enable()
         failpoints.reach("app.ready")
         log.info("ready", url=f"http://{self._address}")
-        tasks.append(asyncio.create_task(asyncio.to_thread(warm_up)))
         try:
             # uvicorn closes what it is given, and another turn needs the socket again.
             await self._server.serve(sockets=[self._listening.dup() if _passes(opened.frozen) else self._listening])
