@@ -51,6 +51,7 @@ from service.reconcile.converge import (
     sights,
 )
 from service.reconcile.counting import Counting
+from service.reconcile.crossing import Crossing
 from service.reconcile.hands import Hands, News
 from service.reconcile.keys import Keys, is_settled
 from service.reconcile.rejections import Allowance
@@ -133,6 +134,7 @@ class Engine:
         self._everything_due = False
         self._later: set[InterfaceId] = set()  # heard of while a command was under way on them
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._crossing = Crossing()
         self._news = False  # the monitor has heard of something
         self._trusted = False  # start-up has looked, and found no link that the log should know and does not
 
@@ -140,8 +142,7 @@ class Engine:
 
     def record(self, events: list[ev.Recorded]) -> None:
         """The writer's callback, in the writer's thread: have the loop take the events in, in order."""
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._recorded, events)
+        self._crossing.call(lambda: self._recorded(events))
 
     def _recorded(self, events: list[ev.Recorded]) -> None:
         try:
@@ -153,9 +154,9 @@ class Engine:
 
     async def _append(self, drafts: Sequence[ev.Draft], also: Job | None = None) -> None:
         if drafts:
-            await asyncio.wrap_future(self._writer.append(drafts, also))
+            await self._crossing.result(self._writer.append(drafts, also))
         elif also is not None:
-            await asyncio.wrap_future(self._writer.run(also))
+            await self._crossing.result(self._writer.run(also))
 
     def _draft(
         self,
@@ -434,7 +435,7 @@ class Engine:
         """What the commands are judged against: who holds their names, and which networks others use."""
         names = tuple(cmd.target(command) for command in submission.commands)
         networks = any(_may_overlap(command) for command in submission.commands)
-        return await asyncio.wrap_future(self._applier.join(self._survey_each, (names, networks)))
+        return await self._crossing.result(self._applier.join(self._survey_each, (names, networks)))
 
     def _survey_each(self, surveys: Sequence[Survey]) -> list[Host]:
         """In the applier's thread: one look for all that wait."""
@@ -546,7 +547,7 @@ class Engine:
 
     async def _converge(self, wanted: Sequence[Wanted]) -> list[Result]:
         try:
-            return await asyncio.wrap_future(self._applier.join(self._converge_each, wanted))
+            return await self._crossing.result(self._applier.join(self._converge_each, wanted))
         except TunledgerError as error:
             return [Result(each, error=error) for each in wanted]
 
@@ -559,7 +560,7 @@ class Engine:
         return self._wanted(intent.interface_id, intent.name, intended(intent, before), fresh=before is None)
 
     async def _apply(self, job: Callable[[], Any]) -> Any:
-        return await asyncio.wrap_future(self._applier.run(job))
+        return await self._crossing.result(self._applier.run(job))
 
     def _wanted(
         self, interface_id: InterfaceId, name: InterfaceName, spec: InterfaceSpec | None, *, fresh: bool = False
@@ -571,6 +572,7 @@ class Engine:
     async def start_up(self, started: ev.ServiceStarted) -> Summary:
         """Record the start, then bring the host to what the log says, and record the summary."""
         self._loop = asyncio.get_running_loop()
+        self._crossing.open()
         if self._frozen is not None:
             return Summary()
         begun = time.monotonic_ns()
@@ -758,7 +760,7 @@ class Engine:
             job = answers.closed(
                 submission.actor, request.key, request.fingerprint, command_id, self._clock.now(), reply
             )
-            await asyncio.wrap_future(self._writer.run(job))
+            await self._crossing.result(self._writer.run(job))
         return reply
 
     async def _recover(self, interfaces: Sequence[Interface], summary: Summary) -> None:
