@@ -35,7 +35,7 @@ async def wake_ups(finish: Callable[[], None]) -> int:
         woken += 1
         return wake(*args, **named)
 
-    loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
+    loop.call_soon_threadsafe = counted  # type: ignore[method-assign,assignment]
     from_another_thread(finish)  # the loop waits meanwhile, so that it takes nothing in between
     del loop.call_soon_threadsafe
     return woken
