@@ -23,6 +23,7 @@ import uvicorn
 from service import __version__, failpoints, logs
 from service.api import bodies
 from service.api.application import application
+from service.api.connection import Connection
 from service.api.events import EventLog
 from service.api.orders import Orders
 from service.api.read import LogView
@@ -390,7 +391,7 @@ class _Service:
         self._server = _Server(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=Connection,
                 ws="none",
                 lifespan="off",
                 log_config=None,
