@@ -432,9 +432,13 @@ class Engine:
         )
 
     async def _survey(self, submission: cmd.Submission) -> Host:
-        """What the commands are judged against: who holds their names, and which networks others use."""
-        names = tuple(cmd.target(command) for command in submission.commands)
+        """What the commands are judged against: who holds their names, and which networks others use; without a look
+        at the host where neither is asked for.
+        """
+        names = tuple(cmd.target(command) for command in submission.commands if _may_declare(command))
         networks = any(_may_overlap(command) for command in submission.commands)
+        if not names and not networks:
+            return Host()
         return await self._crossing.result(self._applier.join(self._survey_each, (names, networks)))
 
     def _survey_each(self, surveys: Sequence[Survey]) -> list[Host]:
@@ -1224,6 +1228,11 @@ def _together(jobs: Sequence[Job]) -> Job | None:
             job(connection)
 
     return write
+
+
+def _may_declare(command: cmd.Command) -> bool:
+    """Whether a command can take a name that somebody else's link may have."""
+    return isinstance(command, cmd.DeclareInterface | cmd.ReplaceInterface)
 
 
 def _may_overlap(command: cmd.Command) -> bool:
