@@ -12,10 +12,11 @@ import uvicorn
 
 from service.api.application import application
 from service.api.bodies import Defaults
+from service.api.connection import Connection
 from service.api.events import EventLog
 from service.api.orders import Orders
 from service.api.read import LogView
-from service.kernel import peer
+from service.kernel.peer import Asker
 from service.reconcile.answer import Clock
 from service.reconcile.engine import Engine
 from service.reconcile.feed import Feed
@@ -40,6 +41,7 @@ def server(
     reader: LogReader,
     feed: Feed,
     counters: CounterReader,
+    asker: Asker,
     *,
     audit: Callable[[], Progress] | None,
     shutdown_s: float,
@@ -55,13 +57,13 @@ def server(
         LogView(reader),
         EventLog(reader, feed),
         counters,
-        owner_of=peer.owner,
+        owner_of=asker.owner,
         own_uid=os.geteuid(),
         audit=audit,
     )
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_config=None,

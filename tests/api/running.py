@@ -18,6 +18,7 @@ from litestar.types import Receive, Scope, Send
 from service.api.access import OwnerOf
 from service.api.application import application
 from service.api.bodies import Defaults
+from service.api.connection import Connection
 from service.api.events import EventLog
 from service.api.orders import Orders
 from service.api.read import LogView
@@ -241,7 +242,7 @@ class Running:
         listening.setblocking(False)
         config = uvicorn.Config(
             self.app,
-            http="httptools",
+            http=Connection,
             ws="none",
             lifespan="off",
             log_config=None,

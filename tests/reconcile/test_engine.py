@@ -16,7 +16,7 @@ from service.domain.observed import LinkCounters
 from service.domain.spec import parse_spec
 from service.domain.steps import CreateLink, DeleteLink, SetMtu
 from service.domain.token import Token
-from service.domain.values import CommandId, InterfaceId, InterfaceName, Mode
+from service.domain.values import CommandId, InterfaceId, InterfaceName, Mode, parse_cidr
 from service.kernel.fake import FakeKernel
 from service.reconcile import applier, loop
 from service.reconcile import engine as engine_module
@@ -89,6 +89,25 @@ async def test_a_change_that_fails_at_any_step_is_undone_in_place(tmp_path: Path
             assert rig.plane.attached(), "processing runs on, as it did"
             assert_settled(rig)
             assert (await rig.engine.drift()) == []
+
+
+async def test_the_host_is_looked_at_first_only_for_a_new_name_or_network(tmp_path: Path) -> None:
+    kernel = FakeKernel()
+    async with running(tmp_path, kernel) as rig:
+        kernel.outside.add_link("eth0")
+        kernel.outside.add_address("eth0", parse_cidr("192.0.2.1/24", "address"))
+        await rig.declare()
+        surveys = kernel.calls["survey"]
+        assert surveys == 1
+        await rig.change({"mtu": 1300})
+        assert kernel.calls["survey"] == surveys
+        with pytest.raises(TunledgerError, match="overlaps"):
+            await rig.change({"addresses": ["192.0.2.9/24"]})
+        assert kernel.calls["survey"] == surveys + 1
+        with pytest.raises(TunledgerError, match="eth0"):
+            await rig.declare("eth0")
+        await rig.order(cmd.RetireInterface(InterfaceName("tun0")))
+        assert kernel.calls["survey"] == surveys + 2
 
 
 async def test_what_cannot_be_undone_is_said_and_mended_later(tmp_path: Path) -> None:
