@@ -106,6 +106,7 @@ def build(
         for each in setup.stages:
             kept = old.by_area(each.area)
             if kept is not None:
+                kept.context.mtu = setup.mtu
                 stages.append(kept)
                 continue
             own, left = left[: each.files], left[each.files :]
