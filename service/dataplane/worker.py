@@ -320,8 +320,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run a worker; return the exit status.
 
     The arguments: parent's pid, index, control, memory, box, notice, lines or -1, packets a second, and, as JSON,
-    folders
-    to import other packages' processors from and their names.
+    folders to import other packages' processors from and their names.
     """
     parent_pid, index, control_fd, memory_fd, box_fd, notice_fd, lines_fd, packets_per_s = map(int, arguments[:8])
     folders, custom = json.loads(arguments[8])
