@@ -70,7 +70,9 @@ def _finish(packet: memoryview | bytearray, vnet: VnetHeader, mode: Literal["tun
     packet[at + 1] = checksum & 0xFF
 
 
-def cut(packet: bytes | bytearray | memoryview, header: bytes | memoryview, mode: Literal["tun", "tap"]) -> list[bytearray]:
+def cut(
+    packet: bytes | bytearray | memoryview, header: bytes | memoryview, mode: Literal["tun", "tap"]
+) -> list[bytearray]:
     """The packets that `packet` stands for, whole, in order, each with its checksums and a buffer of its own.
 
     A packet that is no segment comes back alone, its checksum finished. Every packet gets a copy of all headers, with

@@ -1,5 +1,6 @@
 """Cutting is judged by the slow parser and by the checksum's verifier, and by the kernel in tests/dataplane."""
 
+import random
 import struct
 
 import pytest
@@ -81,9 +82,10 @@ def good(octets: bytes | bytearray, mode: str) -> tuple[Packet, bytes]:
 
 
 @given(
-    version=st.sampled_from((4, 6)), tcp=st.booleans(), payload=st.binary(min_size=1, max_size=5000),
-    mss=st.integers(40, 1500), flags=st.integers(0, 255), extension=st.booleans(), tags=st.integers(-1, 2),
-    partial=st.booleans(), sequence=st.integers(0, 2**32 - 1),
+    version=st.sampled_from((4, 6)), tcp=st.booleans(),
+    payload=st.integers(1, 3000).map(lambda size: random.Random(size).randbytes(size)),
+    mss=st.integers(40, 200) | st.integers(40, 1500), flags=st.integers(0, 255), extension=st.booleans(),
+    tags=st.integers(-1, 2), partial=st.booleans(), sequence=st.integers(0, 2**32 - 1),
 )  # fmt: skip
 def test_segments_carry_the_same_octets_in_whole_packets(
     version: int, tcp: bool, payload: bytes, mss: int, flags: int, extension: bool, tags: int, partial: bool,
@@ -196,6 +198,14 @@ def test_a_packet_that_is_no_whole_one_is_refused() -> None:
     fragment[6] = 0x20
     with pytest.raises(CannotCut, match="fragment"):
         cut(fragment, HEADER, "tun")
+
+
+def test_packets_that_no_length_field_could_hold_are_refused() -> None:
+    octets, header = segment(version=4, tcp=True, payload=bytes(65_400), mss=65_535)
+    longer = bytearray(octets + bytes(5000))
+    longer[2:4] = bytes(2)  # as IPv4 BIG TCP has it
+    with pytest.raises(CannotCut, match="longer than"):
+        cut(longer, header, "tun")
 
 
 headers = st.builds(
