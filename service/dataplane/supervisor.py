@@ -40,6 +40,7 @@ from typing import Any, Final
 import structlog
 
 from service import failpoints
+from service.dataplane import syscalls
 from service.dataplane.attachment import Attachment, Busy, DeviceCounters, Held, StageStatus
 from service.dataplane.contract import Mode
 from service.dataplane.crashes import Crash, Crashes
@@ -219,6 +220,8 @@ class Supervisor:
             self._epoll = select.epoll()
             self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._epoll.register(self._wake, select.EPOLLIN)
+        if not syscalls.available():
+            self._log.warning("workers are not kept from opening files: this machine's system calls are not filtered")
         if self._packet_log is not None:
             self._line_reader = LineReader(self._packet_log)
         self._watcher = threading.Thread(target=self._watch, name="dataplane-watcher", daemon=True)

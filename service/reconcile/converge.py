@@ -5,7 +5,6 @@ with the results is the engine's business. Many interfaces go together: one look
 one look again; one that fails, fails alone.
 """
 
-import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -240,7 +239,7 @@ def _carry_out(hands: Hands, under_way: Sequence[_UnderWay]) -> None:
             elif isinstance(step, st.ConfigureProcessing) and each.alive:
                 _configure(hands, each.result, step)
         if each.alive and each.sight.applied is not None and any(isinstance(step, st.SetMtu) for step in each.steps):
-            _tell_mtu(hands, each.result.wanted)
+            _tell_mtu(hands, each.result)
 
 
 def _stop(hands: Hands, result: Result, step: st.StopProcessing) -> None:
@@ -279,12 +278,16 @@ def _configure(hands: Hands, result: Result, step: st.ConfigureProcessing) -> No
         result.error = _worker_failed(step, error)
 
 
-def _tell_mtu(hands: Hands, wanted: Wanted) -> None:
-    """Tell the processors of a device that is read on; they take it as a hint, so it is no failure if none is there."""
-    applied = hands.dataplane.attached().get(wanted.id)
-    if applied is not None and applied.chain:
-        with contextlib.suppress(Exception):  # a worker that died will be told when it is replaced
-            hands.dataplane.configure(wanted.id, applied, _mtu(wanted))
+def _tell_mtu(hands: Hands, result: Result) -> None:
+    """Tell the processors of a device that is read on."""
+    applied = hands.dataplane.attached().get(result.wanted.id)
+    if applied is None or not applied.chain:
+        return
+    step = st.ConfigureProcessing(result.wanted.name, result.wanted.id, applied)
+    try:
+        hands.dataplane.configure(step.interface_id, applied, _mtu(result.wanted))
+    except Exception as error:  # noqa: BLE001  # as above
+        result.error = _worker_failed(step, error)
 
 
 def _mtu(wanted: Wanted) -> int:

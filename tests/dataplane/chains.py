@@ -42,6 +42,9 @@ class FakeContext:
     def count(self, figure: str, increment: int = 1) -> None:
         self.counted[figure] += increment
 
+    def poke(self) -> None:
+        self.counted["poke"] += 1
+
     def give_memory(self, size_bytes: int) -> None:
         self.files = [os.memfd_create("stage")]
         os.ftruncate(self.files[0], size_bytes)
