@@ -22,13 +22,15 @@ The source may be in `networks`, as the host's own address mostly is. Replies ar
 
 import ipaddress
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any, ClassVar, Final
 
 from service.dataplane.contract import Batch, Context, Processor
 from service.packet.build import ARP_REPLY, ARP_REQUEST, arp, ethernet, neighbour_advertisement
 from service.packet.checksum import ones_complement_sum
+from service.packet.classify import CLASSES
+from service.packet.flowkey import Entry
 from service.packet.segment import CannotCut, finish
 
 _IPV4: Final = struct.Struct("!BxH2xI2xIIHH")
@@ -37,6 +39,7 @@ _WHOLE: Final = 0xBFFF00FF  # of flags, offset, TTL and protocol; see flowkey
 _ECHO: Final = 0x0800
 _ECHO_V6: Final = 0x8000
 _BROADCAST: Final = b"\xff" * 6
+_ANSWERED: Final = frozenset(CLASSES.index(name) for name in ("ipv4.icmp", "ipv6.icmpv6", "arp"))
 _FIGURES: Final = ("answered_icmp", "answered_icmpv6", "answered_arp", "answered_ndp", "refused")
 
 
@@ -77,19 +80,25 @@ class Reply(Processor):
         """Answer what is to be answered; the rest is left."""
         counts = [0, 0, 0, 0, 0]
         headers = batch.headers
+        packets = batch.packets
         answer = self._answer_frame if self._tap else self._answer_packet
-        left: list[int] = []
-        for index, packet in enumerate(batch):
+        entries: list[Entry] | None = getattr(batch, "entries", None)
+        if entries is None:
+            asked: Sequence[int] = range(len(packets))
+        else:
+            asked = [index for index, entry in enumerate(entries) if entry.kind in _ANSWERED]
+        answered = set()
+        for index in asked:
+            batch.at = index
+            packet = packets[index]
             if headers is not None and not _finished(packet, headers[index], self._tap):
-                left.append(index)
                 continue
             which = answer(batch, packet)
-            if which < 0:
-                left.append(index)
-            else:
+            if which >= 0:
                 counts[which] += 1
-        if len(left) != len(batch.packets):
-            batch.take(left)
+                answered.add(index)
+        if answered:
+            batch.take([index for index in range(len(packets)) if index not in answered])
             for figure, count in zip(_FIGURES, counts, strict=True):
                 if count:
                     self.context.count(figure, count)
@@ -127,9 +136,13 @@ class Reply(Processor):
         _, total, following, high, low, to_high, to_low, kind, checksum = _IPV6.unpack_from(packet, at)
         if kind != _ECHO_V6 or following != 58 or not 8 <= total <= length - 40:
             return -1
-        if not _host_v6(high, low) or not _host_v6(to_high, to_low) or (high, low) == (to_high, to_low):
+        if not _host_v6(high, low) or not _host_v6(to_high, to_low) or (high == to_high and low == to_low):
             return -1
-        if not self._is_ours_v6(to_high << 64 | to_low):
+        address = to_high << 64 | to_low
+        for base, mask in self._ipv6:
+            if address & mask == base:
+                break
+        else:
             return -1
         checksum += 0xFFFF - 0x0100  # m is 0x8000, m' is 0x8100
         struct.pack_into(
