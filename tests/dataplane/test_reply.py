@@ -113,7 +113,7 @@ def test_only_what_is_asked_for_is_answered() -> None:
 def test_what_the_kernel_does_not_take_is_counted() -> None:
     reply, context = stage()
     batch = FakeBatch([build.echo(HOST, LAB, 1, 1)])
-    batch.taken = False
+    batch.takes_answers = False
     reply.process(batch)
     assert batch.left() == []
     assert context.counted == {"refused": 1}
