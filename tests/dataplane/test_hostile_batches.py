@@ -30,6 +30,7 @@ NEAR, FAR = (
     (bytes([10, 0, 0, 1]), bytes([fd := 0xFD, *bytes(14), 1])),
     (bytes([10, 0, 0, 2]), bytes([fd, *bytes(14), 2])),
 )
+MAC: Final = b"\x02" + bytes(5)
 ECHOES: Final = tuple(build.echo(near, far, 1, 2, b"data") for near, far in zip(NEAR, FAR, strict=True))
 ASKED: Final = (
     *(build.ethernet(derived_mac("tap0"), MAC, echo) for echo in ECHOES),
