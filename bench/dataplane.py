@@ -14,11 +14,12 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter, sleep
 
 from bench.figures import Rate, RateRow, show_rates
+from bench.latency import measure_latency
 from bench.lab import (
     SENDER_CPU,
     VNET_HDR_BYTES,
@@ -53,11 +54,20 @@ def run() -> None:
         here, there = Namespace(), Namespace()
         stack.callback(here.close)
         stack.callback(there.close)
-        ours = Ours()
+        captured = Path(folder) / "captured"
+        ours = Ours(files_for=lambda _device, _name, _stage, _options: [_fresh(captured)], processors=CUSTOM)
         stack.callback(ours.close)
-        for measure in (_inspect, _inspect_segments, _forward, _reply):
+        for measure in (_inspect, _inspect_segments, _forward, _capture, _reply, _costs):
             measure(programs, ours, here, there)
             tell("")
+        measure_latency(programs, here)
+        tell("")
+
+
+def _fresh(path: Path) -> int:
+    """An empty file in the place of one that may be there; its descriptor."""
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 def _missing() -> str:
@@ -85,6 +95,8 @@ class Sample:
     """Part of the reader's time that was not the kernel's."""
     dropped: float
     """Part of the packets that the kernel dropped because the reader was late."""
+    packets: int
+    seconds: float
 
 
 def _figure(what: str, samples: Sequence[Sample]) -> Rate:
@@ -142,6 +154,8 @@ def _look(
         busy=total_s / (end - begun),
         user=ticks[0] / max(sum(ticks), 1e-9),
         dropped=dropped / max(packets + dropped, 1),
+        packets=packets,
+        seconds=end - begun,
     )
 
 
@@ -152,31 +166,40 @@ def _flood(programs: Programs, kind: str, length: int, flows: int, rate: int = 0
 INSPECT: Mapping[str, object] = {"processor": "inspect", "flows": 4096, "packets": 64}
 
 
+CUSTOM: Mapping[str, str] = {"bench-nothing": "bench.custom:Nothing", "bench-iterate": "bench.custom:Iterate"}
+
+
 def _inspect(programs: Programs, ours: Ours, here: Namespace, _there: Namespace) -> None:
     readers = [
-        ours.reader("tunledger: inspect", {DEVICE: [INSPECT]}),
+        ours.reader("inspect", {DEVICE: [INSPECT]}),
         c_program("C: read and nothing else", programs, "read", "FD", "bare", "0"),
         c_program("C: read, with a flow table", programs, "read", "FD", "flows", "0"),
         plain_loop("Python: os.readv and nothing else", "read", "FD"),
     ]
     rows = []
-    for length in (64, 1000):
-        for flows in (1, 1000):
-            title = f"UDP of {length:,} octets, {flows:,} flow{'s' if flows > 1 else ''}"
-            sender = _flood(programs, "udp", length, flows)
-            first, *rest = _rounds(title, readers, lambda reader, sender=sender: _look(here, reader, sender))
-            rows.append(RateRow(_named(first, title), rest, aim=0.8))
-    show_rates("Inspect with a flow table, without offloads", "packets/s", rows)
+    for kind, who in (("sockets", "from sockets"), ("udp", "flooded")):
+        for length in (64, 1000):
+            for flows in (1, 1000):
+                title = f"{length:,} octets, {flows:,} flow{'s' if flows > 1 else ''}, {who}"
+                sender = _flood(programs, kind, length, flows)
+                first, *rest = _rounds(title, readers, lambda reader, sender=sender: _look(here, reader, sender))
+                rows.append(RateRow(_named(first, title), rest, aim=0.8))
+    show_rates(
+        "Inspect UDP with a flow table, without offloads (from sockets: as programs send it; flooded: past the host's UDP"
+        " and queues, more than anybody reads)",
+        "packets/s",
+        rows,
+    )
 
 
 def _named(rate: Rate, title: str) -> Rate:
-    return Rate(f"{rate.what}, {title}", rate.values, rate.limit)
+    return Rate(f"{rate.what}: {title}", rate.values, rate.limit)
 
 
 def _inspect_segments(programs: Programs, ours: Ours, here: Namespace, _there: Namespace) -> None:
     skip = str(VNET_HDR_BYTES)
     readers = [
-        ours.reader("tunledger: inspect", {DEVICE: [INSPECT]}, offloads=True),
+        ours.reader("inspect", {DEVICE: [INSPECT]}, offloads=True),
         c_program("C: read and nothing else", programs, "read", "FD", "bare", skip),
         c_program("C: read, with a flow table", programs, "read", "FD", "flows", skip),
         plain_loop("Python: os.readv and nothing else", "read", "FD"),
@@ -208,7 +231,7 @@ def _forward(programs: Programs, ours: Ours, here: Namespace, there: Namespace) 
     rows = []
     for offloads in (True, False):
         readers = [
-            ours.reader("tunledger: forward", chains, offloads=offloads),
+            ours.reader("forward", chains, offloads=offloads),
             c_program("C: read and write", programs, "forward", "FD"),
             plain_loop("Python: os.read, os.write", "forward", "FD"),
         ]
@@ -262,6 +285,8 @@ def _tcp(programs: Programs, reader: Reader, here: Namespace, there: Namespace, 
             busy=total_s / (end - begun),
             user=ticks[0] / max(sum(ticks), 1e-9),
             dropped=(last.dropped - before.dropped) / max(packets, 1),
+            packets=packets,
+            seconds=end - begun,
         )
 
 
@@ -280,7 +305,7 @@ def _await_listener(space: Namespace) -> None:
 
 def _reply(programs: Programs, ours: Ours, here: Namespace, _there: Namespace) -> None:
     readers = [
-        ours.reader("tunledger: reply", {DEVICE: [{"processor": "reply", "networks": ["10.60.0.0/16"]}]}),
+        ours.reader("reply", {DEVICE: [{"processor": "reply", "networks": ["10.60.0.0/16"]}]}),
         c_program("C: the smallest echo replier", programs, "reply", "FD"),
     ]
     rows = []
@@ -292,3 +317,76 @@ def _reply(programs: Programs, ours: Ours, here: Namespace, _there: Namespace) -
         )
         rows.append(RateRow(_named(first, title), rest, aim=0.6))
     show_rates("Reply to a flood of pings", "replies/s", rows)
+
+
+STEP = 0.95
+
+
+def _capture(programs: Programs, ours: Ours, here: Namespace, _there: Namespace) -> None:
+    captured = Path(programs["captured"])
+    stage = {"processor": "capture", "size_bytes": None, "files": 1}
+    readers = [
+        ours.reader("capture to disk", {DEVICE: [stage]}),
+        ours.reader("ours: inspect", {DEVICE: [INSPECT]}),
+        c_program("C: read, write pcap", programs, "capture", "FD", str(captured)),
+    ]
+
+    def lost() -> float:
+        return ours.figure(DEVICE, 0, "dropped")
+
+    rows = []
+    for length in (64, 1000):
+
+        def measure(reader: Reader, length: int = length) -> Sample:
+            also_lost = lost if reader is readers[0] else None
+            return _without_loss(programs, here, reader, length, also_lost)
+
+        title = f"{length:,} octets, none lost"
+        first, *rest = _rounds(title, readers, measure)
+        rows.append(RateRow(_named(first, title), rest, aim=0.5))
+    captured.unlink(missing_ok=True)
+    show_rates("Capture: the highest rate at which no packet is lost", "packets/s", rows)
+
+
+def _without_loss(
+    programs: Programs, space: Namespace, reader: Reader, length: int, lost: Callable[[], float] | None
+) -> Sample:
+    """Slower and slower until nothing is lost: neither by the kernel, nor by the reader, which `lost` tells."""
+    rate = _look(space, reader, _flood(programs, "udp", length, 1000), measured_s=0.3).rate * 1.1
+    while rate > 1000:
+        sample = _look(space, reader, _flood(programs, "udp", length, 1000, int(rate)), rated=lost)
+        if sample.dropped == 0 and (lost is None or sample.rate == 0):
+            return replace(sample, rate=sample.packets / sample.seconds)
+        rate *= STEP
+    return replace(sample, rate=0.0)
+
+
+def _costs(programs: Programs, ours: Ours, here: Namespace, _there: Namespace) -> None:
+    """What a packet costs, chain by chain, and what each has more than the one that it is compared with."""
+    nothing, iterate = ({"processor": name} for name in CUSTOM)
+    pass_all = {"processor": "filter", "rules": []}
+    one_rule = {"processor": "filter", "rules": [{"action": "drop", "protocol": "udp", "destination_port": 1}]}
+    chains: dict[str, tuple[list[Mapping[str, object]], str | None]] = {
+        "no chain: counted only": ([], None),
+        "inspect": ([INSPECT], "no chain: counted only"),
+        "inspect, a filter without rules": ([INSPECT, pass_all], "inspect"),
+        "inspect, a filter with a rule": ([INSPECT, one_rule], "inspect"),
+        "inspect, a custom one that does nothing": ([INSPECT, nothing], "inspect"),
+        "inspect, a custom one that looks at each": ([INSPECT, iterate], "inspect"),
+    }
+    samples: dict[str, list[Sample]] = defaultdict(list)
+    sender = _flood(programs, "udp", 64, 1000)
+    for number in range(ROUNDS):
+        for what, (chain, _) in chains.items():
+            tell(f"cost of a processor: round {number + 1} of {ROUNDS}: {what}")
+            samples[what].append(_look(here, ours.reader(what, {DEVICE: chain}), sender))
+    cost = {what: statistics.median(sample.cpu_ns for sample in found) for what, found in samples.items()}
+    print("\nCost of a processor: the worker's time for a packet of 64 octets, 1,000 flows\n")
+    print(f"| {'chain':44} | {'ns/packet':>9} | {'least to most':>16} | {'packets/s':>10} | {'more':>32} |")
+    print(f"| {'-' * 44} | {'-' * 8}: | {'-' * 15}: | {'-' * 9}: | {'-' * 31}: |")
+    for what, (_, base) in chains.items():
+        times = [sample.cpu_ns for sample in samples[what]]
+        rate = statistics.median(sample.rate for sample in samples[what])
+        more = "" if base is None else f"{cost[what] - cost[base]:+,.0f} ns than {base.partition(':')[0]}"
+        spread = f"{min(times):,.0f} to {max(times):,.0f}"
+        print(f"| {what:44} | {cost[what]:9,.0f} | {spread:>16} | {rate:10,.0f} | {more:>32} |")

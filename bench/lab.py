@@ -132,6 +132,18 @@ def spent(pid: int) -> Spent:
     return Spent(ran_ns / 1e9, int(words[11]) / tick, int(words[12]) / tick)
 
 
+def worker_of(pid: int) -> int:
+    """The one child of a process that is a worker of the data plane."""
+    found = [
+        int(child)
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for child in (task / "children").read_text().split()
+        if Path(f"/proc/{child}/comm").read_text().startswith("tunledger-dp")
+    ]
+    (worker,) = found
+    return worker
+
+
 class Programs:
     """The C programs of `bench/c`, built into a folder."""
 

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.lab import READER_CPU, Programs, running
+from bench.lab import READER_CPU, Programs, running, worker_of
 from service.dataplane.supervisor import Supervisor, WorkerExit
+from service.dataplane.work import Work
+from service.domain.chain import parse_chain
 
 Devices = Mapping[str, int]
 """The descriptors, by the name of the device."""
@@ -71,12 +73,13 @@ class Ours:
 
         @contextmanager
         def start(devices: Devices) -> Iterator[int]:
-            pid = _worker_pid()
+            pid = worker_of(os.getpid())
             os.sched_setaffinity(pid, {READER_CPU})
             try:
                 for name, fd in devices.items():
                     self._attach(name, os.dup(fd), chains[name], offloads=offloads)
                 yield pid
+                self._check(devices, chains)
             finally:
                 for name in devices:
                     self.supervisor.detach(name)
@@ -84,18 +87,19 @@ class Ours:
 
         return Reader(what, start)
 
+    def figure(self, device: str, place: int, name: str) -> int:
+        """What a stage of a device's chain has counted so far."""
+        return self.supervisor.stages(device)[place].figures.get(name, 0)
+
+    def _check(self, devices: Devices, chains: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """That every stage was at work: a chain that is skipped is fast."""
+        for name in devices:
+            for stage, wanted in zip(self.supervisor.stages(name), chains[name], strict=True):
+                assert stage.processor == wanted["processor"], stage
+                assert not stage.bypassed, stage
+                assert stage.packets_in > 0, stage
+
     def _attach(self, name: str, fd: int, chain: Sequence[Mapping[str, Any]], *, offloads: bool) -> None:
         """The one place that knows how a device and its chain get to a worker."""
-        self.supervisor.attach(name, fd, mode="tun", name=name)
-
-
-def _worker_pid() -> int:
-    """The one child of ours that is a worker."""
-    found = [
-        int(child)
-        for task in Path("/proc/self/task").iterdir()
-        for child in (task / "children").read_text().split()
-        if Path(f"/proc/{child}/comm").read_text().startswith("tunledger-dp")
-    ]
-    (pid,) = found
-    return pid
+        work = Work(chain=parse_chain(list(chain), "chain"), mtu=MTU, vnet_hdr=offloads, offloads="auto")
+        self.supervisor.attach(name, fd, mode="tun", name=name, work=work)

@@ -1,9 +1,9 @@
 /*
- * flood IFNAME udp|icmp SOURCE DESTINATION LENGTH FLOWS RATE
+ * flood IFNAME udp|icmp|sockets SOURCE DESTINATION LENGTH FLOWS RATE
  *
  * Sends IPv4 packets of LENGTH octets (with their IP header) out of IFNAME until SIGTERM, RATE a second or, with 0, as
- * fast as they go: past routing and queueing discipline, so that the reader of a TUN is the limit and not the sender.
- * Flows differ in the destination port (udp) or in the destination address (icmp, upwards from DESTINATION).
+ * fast as they go: past routing and queueing discipline, so that the reader of a TUN is the limit and not the sender;
+ * or (sockets) from an ordinary UDP socket. Flows differ in the destination port or in the destination address (icmp, upwards from DESTINATION).
  * Prints how many the device took and how many it refused.
  */
 #define _GNU_SOURCE
@@ -19,6 +19,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -52,6 +53,7 @@ int main(int count, char **words)
     if (count != 8)
         return 2;
     int icmp = !strcmp(words[2], "icmp");
+    int sockets = !strcmp(words[2], "sockets");
     size_t length = atoi(words[5]);
     long flows = atol(words[6]);
     double rate = atof(words[7]);
@@ -92,6 +94,7 @@ int main(int count, char **words)
         return 1;
     }
     signal(SIGTERM, end);
+    prctl(PR_SET_TIMERSLACK, 1);
     struct iovec parts[BURST];
     struct mmsghdr messages[BURST];
     memset(messages, 0, sizeof messages);
@@ -100,20 +103,43 @@ int main(int count, char **words)
         messages[at].msg_hdr = (struct msghdr){
             .msg_name = &to, .msg_namelen = sizeof to, .msg_iov = &parts[at], .msg_iovlen = 1};
     }
+    struct sockaddr_in ports[BURST];
+    if (sockets) {
+        close(fd);
+        fd = socket(AF_INET, SOCK_DGRAM, 0);
+        for (int at = 0; at < BURST; at++) {
+            ports[at] = (struct sockaddr_in){.sin_family = AF_INET};
+            inet_pton(AF_INET, words[4], &ports[at].sin_addr);
+            parts[at].iov_len = length - 28;
+            messages[at].msg_hdr.msg_name = &ports[at];
+            messages[at].msg_hdr.msg_namelen = sizeof ports[at];
+        }
+        ports[0].sin_port = htons(1024);
+        if (flows == 1) { /* the route is looked up once */
+            if (connect(fd, (struct sockaddr *)&ports[0], sizeof ports[0]))
+                return 1;
+            for (int at = 0; at < BURST; at++)
+                messages[at].msg_hdr.msg_namelen = 0, messages[at].msg_hdr.msg_name = NULL;
+        }
+    }
     long flow = 0;
     unsigned long sent = 0, refused = 0, paced = 0;
     double begun = now();
     while (!over) {
         if (rate > 0) {
             double due = (now() - begun) * rate - paced;
-            if (due < BURST)
+            if (due < BURST) { /* asleep, so that others get something of the core */
+                nanosleep(&(struct timespec){.tv_nsec = 10000}, NULL);
                 continue;
+            }
             if (due > BEHIND_MAX) /* not on the core for a while: no burst to make up for it */
                 paced += due - BURST;
             paced += BURST;
         }
         for (int at = 0; at < BURST; at++) {
             parts[at].iov_base = packets + flow * length;
+            if (sockets)
+                ports[at].sin_port = htons(1024 + flow);
             if (++flow == flows)
                 flow = 0;
         }
