@@ -19,7 +19,6 @@ from pathlib import Path
 from time import perf_counter, sleep
 
 from bench.figures import Rate, RateRow, show_rates
-from bench.latency import measure_latency
 from bench.lab import (
     SENDER_CPU,
     VNET_HDR_BYTES,
@@ -32,6 +31,7 @@ from bench.lab import (
     spent,
     tell,
 )
+from bench.latency import measure_latency
 from bench.readers import Ours, Reader, c_program, plain_loop
 
 ROUNDS = 5
@@ -185,7 +185,7 @@ def _inspect(programs: Programs, ours: Ours, here: Namespace, _there: Namespace)
                 first, *rest = _rounds(title, readers, lambda reader, sender=sender: _look(here, reader, sender))
                 rows.append(RateRow(_named(first, title), rest, aim=0.8))
     show_rates(
-        "Inspect UDP with a flow table, without offloads (from sockets: as programs send it; flooded: past the host's UDP"
+        "Inspect UDP with a flow table, without offloads (from sockets: as programs send; flooded: past the host's UDP"
         " and queues, more than anybody reads)",
         "packets/s",
         rows,
@@ -313,7 +313,7 @@ def _reply(programs: Programs, ours: Ours, here: Namespace, _there: Namespace) -
         title = f"84 octets, {addresses:,} address{'es' if addresses > 1 else ''}"
         sender = _flood(programs, "icmp", 84, addresses, to="10.60.16.0")
         first, *rest = _rounds(
-            title, readers, lambda reader, sender=sender: _look(here, reader, sender, rated=lambda: echo_replies())
+            title, readers, lambda reader, sender=sender: _look(here, reader, sender, rated=echo_replies)
         )
         rows.append(RateRow(_named(first, title), rest, aim=0.6))
     show_rates("Reply to a flood of pings", "replies/s", rows)

@@ -1,4 +1,4 @@
-"""Where packets are measured: network namespaces of our own, TUN devices in them, the kernel's figures, programs on cores.
+"""Where packets are measured: network namespaces of our own, TUN devices in them, the kernel's figures, programs.
 
 Made with bare system calls, so that all competitors stand on the same ground and none of it is ours. What is measured,
 and against what, does not belong here.
@@ -165,7 +165,7 @@ class Programs:
 def running(command: Sequence[str], cpu: int, fds: Sequence[int] = ()) -> Iterator[subprocess.Popen[str]]:
     """Run `command` on a core, in the present namespace, until the end of the block: then SIGTERM."""
     process = subprocess.Popen(
-        command, pass_fds=fds, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, process_group=0
+        command, pass_fds=fds, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
         os.sched_setaffinity(process.pid, {cpu})
