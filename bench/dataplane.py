@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter, sleep
 
@@ -105,7 +106,7 @@ def _figure(what: str, samples: Sequence[Sample]) -> Rate:
 
     busy, dropped = middle("busy"), middle("dropped")
     limit = f"{middle('cpu_ns'):,.0f} ns/packet, {middle('user'):.0%} user, "
-    limit += "reader" if dropped > 0.01 or busy > 0.95 else "sender"
+    limit += ("reader" if busy > 0.9 else "a core that others use") if dropped > 0.01 or busy > 0.9 else "sender"
     limit += f" ({busy:.0%} busy, {dropped:.0%} lost)"
     return Rate(what, tuple(sample.rate for sample in samples), limit)
 
@@ -122,8 +123,8 @@ def _rounds(title: str, readers: Sequence[Reader], measure: Callable[[Reader], S
 
 def _look(
     space: Namespace,
-    reader: Reader,
     sender: Sequence[str],
+    reader: Reader,
     *,
     offloads: bool = False,
     rated: Callable[[], float] | None = None,
@@ -182,7 +183,7 @@ def _inspect(programs: Programs, ours: Ours, here: Namespace, _there: Namespace)
             for flows in (1, 1000):
                 title = f"{length:,} octets, {flows:,} flow{'s' if flows > 1 else ''}, {who}"
                 sender = _flood(programs, kind, length, flows)
-                first, *rest = _rounds(title, readers, lambda reader, sender=sender: _look(here, reader, sender))
+                first, *rest = _rounds(title, readers, partial(_look, here, sender))
                 rows.append(RateRow(_named(first, title), rest, aim=0.8))
     show_rates(
         "Inspect UDP with a flow table, without offloads (from sockets: as programs send; flooded: past the host's UDP"
@@ -207,7 +208,7 @@ def _inspect_segments(programs: Programs, ours: Ours, here: Namespace, _there: N
     sender = [programs["segments"], THERE, str(SEGMENT_BYTES), str(SEGMENTS)]
 
     def measure(reader: Reader) -> Sample:
-        return _look(here, reader, sender, offloads=True, rated=lambda: counted(DEVICE).read_bytes * 8)
+        return _look(here, sender, reader, offloads=True, rated=lambda: counted(DEVICE).read_bytes * 8)
 
     try:
         first, *rest = _rounds("UDP in segments of 60 kB", readers, measure)
@@ -236,14 +237,12 @@ def _forward(programs: Programs, ours: Ours, here: Namespace, there: Namespace) 
             plain_loop("Python: os.read, os.write", "forward", "FD"),
         ]
         title = f"TCP, offloads {'on' if offloads else 'off'}"
-        first, *rest = _rounds(
-            title, readers, lambda reader, offloads=offloads: _tcp(programs, reader, here, there, offloads=offloads)
-        )
+        first, *rest = _rounds(title, readers, partial(_tcp, programs, here, there, offloads=offloads))
         rows.append(RateRow(_named(first, title), rest, aim=0.9))
     show_rates("Forward between two TUNs in two namespaces", "Gbit/s", rows, scale=1e9, digits=2)
 
 
-def _tcp(programs: Programs, reader: Reader, here: Namespace, there: Namespace, *, offloads: bool) -> Sample:
+def _tcp(programs: Programs, here: Namespace, there: Namespace, reader: Reader, *, offloads: bool) -> Sample:
     """One TCP connection through `reader`, by iperf3 or, where there is none, by `tcp.c`."""
     with ExitStack() as stack:
         fds = {}
@@ -312,9 +311,7 @@ def _reply(programs: Programs, ours: Ours, here: Namespace, _there: Namespace) -
     for addresses in (1, 4096):
         title = f"84 octets, {addresses:,} address{'es' if addresses > 1 else ''}"
         sender = _flood(programs, "icmp", 84, addresses, to="10.60.16.0")
-        first, *rest = _rounds(
-            title, readers, lambda reader, sender=sender: _look(here, reader, sender, rated=echo_replies)
-        )
+        first, *rest = _rounds(title, readers, partial(_look, here, sender, rated=echo_replies))
         rows.append(RateRow(_named(first, title), rest, aim=0.6))
     show_rates("Reply to a flood of pings", "replies/s", rows)
 
@@ -352,9 +349,9 @@ def _without_loss(
     programs: Programs, space: Namespace, reader: Reader, length: int, lost: Callable[[], float] | None
 ) -> Sample:
     """Slower and slower until nothing is lost: neither by the kernel, nor by the reader, which `lost` tells."""
-    rate = _look(space, reader, _flood(programs, "udp", length, 1000), measured_s=0.3).rate * 1.1
+    rate = _look(space, _flood(programs, "udp", length, 1000), reader, measured_s=0.3).rate * 1.1
     while rate > 1000:
-        sample = _look(space, reader, _flood(programs, "udp", length, 1000, int(rate)), rated=lost)
+        sample = _look(space, _flood(programs, "udp", length, 1000, int(rate)), reader, rated=lost)
         if sample.dropped == 0 and (lost is None or sample.rate == 0):
             return replace(sample, rate=sample.packets / sample.seconds)
         rate *= STEP
@@ -379,7 +376,7 @@ def _costs(programs: Programs, ours: Ours, here: Namespace, _there: Namespace) -
     for number in range(ROUNDS):
         for what, (chain, _) in chains.items():
             tell(f"cost of a processor: round {number + 1} of {ROUNDS}: {what}")
-            samples[what].append(_look(here, ours.reader(what, {DEVICE: chain}), sender))
+            samples[what].append(_look(here, sender, ours.reader(what, {DEVICE: chain})))
     cost = {what: statistics.median(sample.cpu_ns for sample in found) for what, found in samples.items()}
     print("\nCost of a processor: the worker's time for a packet of 64 octets, 1,000 flows\n")
     print(f"| {'chain':44} | {'ns/packet':>9} | {'least to most':>16} | {'packets/s':>10} | {'more':>32} |")

@@ -12,6 +12,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from time import perf_counter, sleep
 
@@ -93,12 +94,10 @@ def _capacity(flood: Sequence[str]) -> float:
 
 def _ask(client: http.client.HTTPConnection, state: str, times: dict[tuple[str, str], list[float]]) -> None:
     for _ in range(GETS):
-        times["GET status", state].append(timed(lambda: _call(client, "GET", f"/api/v1/interfaces/{OURS}")))
+        times["GET status", state].append(timed(partial(_call, client, "GET", f"/api/v1/interfaces/{OURS}")))
     for number in range(PATCHES):
-        body = {"mtu": 1400 + number % 2}
-        times["PATCH mtu", state].append(
-            timed(lambda body=body: _call(client, "PATCH", f"/api/v1/interfaces/{OURS}", body))
-        )
+        change = partial(_call, client, "PATCH", f"/api/v1/interfaces/{OURS}", {"mtu": 1400 + number % 2})
+        times["PATCH mtu", state].append(timed(change))
 
 
 def _call(client: http.client.HTTPConnection, method: str, path: str, body: object = None) -> None:

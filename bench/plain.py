@@ -38,4 +38,7 @@ def forward(one: int, other: int) -> None:
 
 
 if __name__ == "__main__":
-    {"read": read, "forward": forward}[sys.argv[1]](*map(int, sys.argv[2:]))
+    if sys.argv[1] == "read":
+        read(int(sys.argv[2]))
+    else:
+        forward(int(sys.argv[2]), int(sys.argv[3]))
