@@ -39,12 +39,16 @@ class _Place(Context, Protocol):
 
 
 class Capture(Processor):
-    """See the module. Options: `snaplen`, `size_bytes`, `interval_s`; `files` is the service's. `live`: to a pipe."""
+    """See the module. Options: `snaplen`, `size_bytes`, `interval_s`; `files` is the service's.
+
+    A tap may have more: `live` writes to a pipe; with `max_packets` or `max_bytes` it ends by itself and says so with
+    figure `finished`.
+    """
 
     directions: ClassVar[frozenset[Direction]] = BOTH
     takes_segments: ClassVar[bool] = True
     wants_files: ClassVar[bool] = True
-    figures: ClassVar[tuple[str, ...]] = ("packets", "bytes", "dropped", "files", "files_wanted", "stopped")
+    figures: ClassVar[tuple[str, ...]] = ("packets", "bytes", "dropped", "files", "files_wanted", "stopped", "finished")
 
     context: _Place
 
@@ -63,6 +67,9 @@ class Capture(Processor):
         self._received = self._dropped = 0  # packets of this file
         self._end_ns = _FOREVER
         self._now_ns = 0
+        most, most_bytes = options.get("max_packets"), options.get("max_bytes")
+        self._packets_left: int = _FOREVER if most is None else most
+        self._bytes_left: int = _FOREVER if most_bytes is None else most_bytes
         if context.files:
             self._fd = context.files[0]
             self._begin()
@@ -75,6 +82,11 @@ class Capture(Processor):
         count = len(packets)
         if not count:
             return
+        if self._packets_left < count or self._bytes_left <= 0:
+            if self._packets_left <= 0 or self._bytes_left <= 0:
+                return
+            count = self._packets_left
+            packets = packets[:count]
         self._received += count
         if self._stopped or (self._rest and not self._flush()):
             self._drop(count)
@@ -90,6 +102,10 @@ class Capture(Processor):
             self._drop(count)
             return
         self.context.count("packets", count)
+        self._packets_left -= count
+        if self._packets_left <= 0 or self._bytes_left <= 0:
+            self._reach_limit()
+            return
         if self._end_ns == _FOREVER:
             self._end_ns = time_ns + self._interval_ns
         if (self._written >= self._size_max or time_ns >= self._end_ns) and not self._asked:
@@ -136,6 +152,11 @@ class Capture(Processor):
         self.context.count("files_wanted")
         self.context.poke()
 
+    def _reach_limit(self) -> None:
+        self._asked = True  # no more files
+        self.context.count("finished")
+        self.context.poke()
+
     def _drop(self, count: int) -> None:
         self._dropped += count
         self.context.count("dropped", count)
@@ -154,6 +175,7 @@ class Capture(Processor):
         if taken < len(octets):
             self._rest = octets[taken:]
         self._written += len(octets)
+        self._bytes_left -= len(octets)
         self.context.count("bytes", len(octets))
         return True
 
