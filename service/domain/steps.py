@@ -44,17 +44,6 @@ class DeleteLink:
 
 
 @dataclass(frozen=True, slots=True)
-class AdoptLink:
-    """Take over a link that carries our token already; changes nothing in the kernel."""
-
-    name: InterfaceName
-    ifindex: int
-
-    def __str__(self) -> str:
-        return f"# adopt {self.name} (ifindex {self.ifindex})"
-
-
-@dataclass(frozen=True, slots=True)
 class SetName:
     """Give the link its name back."""
 
@@ -218,7 +207,6 @@ class StopProcessing:
 Step = (
     CreateLink
     | DeleteLink
-    | AdoptLink
     | SetName
     | SetAlias
     | SetLinkGroup

@@ -181,7 +181,7 @@ class Batch:
                 failpoints.reach("kernel.group.moved", fails=True)
                 if not self._is_ours_alone(group, leaving, left):
                     continue
-                self._route.change(netlink.link_message(netlink.RTM_DELLINK, 0, [("IFLA_GROUP", group)]))
+                self._route.change(netlink.link_message(netlink.RTM_DELLINK, 0, [(netlink.IFLA_GROUP, group)]))
                 failpoints.reach("kernel.group.deleted")
                 leaving.clear()
                 break
@@ -295,9 +295,9 @@ class Batch:
         link = netlink.link_message
         match step:
             case st.SetMtu():
-                return link(netlink.RTM_SETLINK, ifindex, [("IFLA_MTU", step.mtu)])
+                return link(netlink.RTM_SETLINK, ifindex, [(netlink.IFLA_MTU, step.mtu)])
             case st.SetTxQueueLen():
-                return link(netlink.RTM_SETLINK, ifindex, [("IFLA_TXQLEN", step.txqueuelen)])
+                return link(netlink.RTM_SETLINK, ifindex, [(netlink.IFLA_TXQLEN, step.txqueuelen)])
             case st.SetMac():
                 return netlink.mac_message(ifindex, step.mac)
             case st.SetUp():
@@ -305,7 +305,7 @@ class Batch:
             case st.SetDown():
                 return link(netlink.RTM_SETLINK, ifindex, up=False)
             case st.SetName():
-                return link(netlink.RTM_SETLINK, ifindex, [("IFLA_IFNAME", step.name)])
+                return link(netlink.RTM_SETLINK, ifindex, [(netlink.IFLA_IFNAME, step.name)])
             case st.SetAlias():
                 return netlink.alias_message(ifindex, str(step.token))
             case st.SetLinkGroup():
@@ -316,8 +316,6 @@ class Batch:
                 return netlink.address_message(netlink.RTM_DELADDR, ifindex, step.address)
             case st.SetOwner():
                 self._set_owner(step, ifindex)
-                return None
-            case st.AdoptLink():
                 return None
             case (
                 st.StartProcessing()
@@ -446,7 +444,7 @@ def _present_name(step: st.Step) -> str:
 
 
 def _group_message(ifindex: int, group: int) -> bytearray:
-    return netlink.link_message(netlink.RTM_SETLINK, ifindex, [("IFLA_GROUP", group)])
+    return netlink.link_message(netlink.RTM_SETLINK, ifindex, [(netlink.IFLA_GROUP, group)])
 
 
 def _read(data: bytes, start: int = 0, stop: int | None = None) -> Mark:

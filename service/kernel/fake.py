@@ -377,8 +377,6 @@ class FakeKernel:
                 _add_address(link, step.address, str(step))
             case st.RemoveAddress():
                 self._remove_address(link, step.address)
-            case st.AdoptLink():
-                pass
             case (
                 st.StartProcessing()
                 | st.ConfigureProcessing()

@@ -276,12 +276,6 @@ def test_tun_refuses_a_hardware_address(host: Host) -> None:
     assert refusal(host, st.SetMac(TUN0, "02:00:00:00:12:34")).code is ErrorCode.KERNEL_REFUSED
 
 
-def test_adopting_changes_nothing(host: Host) -> None:
-    before = made(host)
-    host.kernel.execute(OURS, [st.AdoptLink(TUN0, before.ifindex)])
-    assert seen(host) == before
-
-
 def test_rename_keeps_everything_but_the_name(host: Host) -> None:
     before = made(host, st.AddAddress(TUN0, addr("10.0.0.1/24")))
     host.outside.rename("tun0", "elsewhere")
@@ -319,7 +313,6 @@ CHANGES = [
     st.SetOwner(TUN0, 1000, 1000),
     st.AddAddress(TUN0, addr("10.0.0.9/24")),
     st.RemoveAddress(TUN0, addr("10.0.0.1/24")),
-    st.AdoptLink(TUN0, 0),
     st.SetLinkGroup(TUN0, 7),
 ]
 

@@ -14,7 +14,7 @@ from service.domain import events as ev
 from service.domain.spec import parse_spec
 from service.domain.values import CommandId, InterfaceName
 from service.kernel.fake import FakeKernel
-from service.reconcile.answer import Answer
+from service.reconcile.answer import Answer, Clock
 from service.reconcile.applier import Applier
 from service.reconcile.engine import Engine
 from service.reconcile.hands import Figures, Hands
@@ -100,7 +100,7 @@ class Rig:
 
 
 @asynccontextmanager
-async def running(folder: Path, kernel: FakeKernel) -> AsyncIterator[Rig]:
+async def running(folder: Path, kernel: FakeKernel, clock: Clock = CLOCK) -> AsyncIterator[Rig]:
     """An engine that has started up on the log in this folder."""
     path = folder / "log.db"
     migrate(path, now=CLOCK.now)
@@ -124,7 +124,7 @@ async def running(folder: Path, kernel: FakeKernel) -> AsyncIterator[Rig]:
         writer=writer,
         applier=applier,
         hands=Hands(kernel, plane),
-        clock=CLOCK,
+        clock=clock,
         boot_id=BOOT,
         render=render,
         recall=answers.find,
