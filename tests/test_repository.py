@@ -32,7 +32,7 @@ ROOMS: Final[Mapping[str, set[str]]] = {
     "kernel": {"domain", "failpoints"},
     "dataplane": {"packet", "failpoints"},
     "reconcile": {"service", "domain", "store", "failpoints"},
-    "api": {"service", "domain", "reconcile", "failpoints", *READ_MODELS},
+    "api": {"service", "domain", "packet", "reconcile", "failpoints", *READ_MODELS},
     "cli": {"service", "domain", "config", "logs", "app", "store", "kernel"},
     "app": {"service", "domain", "store", "kernel", "reconcile", "dataplane", "api", "config", "failpoints", "serving"},
     # Imported late, when the host is as the log says: all that only answers HTTP.

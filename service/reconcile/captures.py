@@ -66,7 +66,7 @@ class Stages(Protocol):
 
 
 class Taps(Protocol):
-    """What captures need of the data plane. Descriptors given to it are its own from then on. Devices are ids.
+    """What captures need of the data plane. Descriptors given to it stay the caller's. Devices are interface ids.
 
     Every method blocks for a bounded time and raises TunledgerError.
     """
@@ -333,6 +333,15 @@ class Captures:
                     figures={figure: getattr(stopped, figure) for figure in FIGURES},
                 )
 
+    @property
+    def closing(self) -> bool:
+        """Whether the service is stopping: streams are to end."""
+        return self._closing
+
+    def refuse(self) -> None:
+        """Begin no capture any more, and have live ones end soon."""
+        self._closing = True
+
     async def close(self) -> None:
         """End all captures, told in the log; nothing is begun any more."""
         self._closing = True
@@ -350,7 +359,8 @@ class Captures:
     # -- the data plane's calls, from any thread
 
     def files_for(self, device: str, name: str, stage: int, options: Mapping[str, Any]) -> Sequence[int]:
-        """The first file of a capture that is the stage at this place of a chain. Blocking; not on the event loop.
+        """The first file of a capture that is the stage at this place of a chain, the caller's from then on. Blocking; not
+        on the event loop.
 
         Raises:
             TunledgerError: capture_failed, or that the log does not take its start.
@@ -433,7 +443,10 @@ class Captures:
             **more,
         }
         try:
-            capture.place = await asyncio.to_thread(self._taps.tap, capture.interface_id, stage, (fd,))
+            try:
+                capture.place = await asyncio.to_thread(self._taps.tap, capture.interface_id, stage, (fd,))
+            finally:
+                os.close(fd)
         except BaseException:
             await self._end(capture, "interface_gone")
             await asyncio.to_thread(self._unlink, capture)
@@ -520,7 +533,10 @@ class Captures:
             capture.given -= 1
             log.error("a capture goes on in its old file", capture_id=capture.id, error=error.message)
             return
-        self._taps.feed(capture.interface_id, capture.place, fd)
+        try:
+            self._taps.feed(capture.interface_id, capture.place, fd)
+        finally:
+            os.close(fd)
         while len(capture.files) > capture.settings.files:
             capture.files.pop(min(capture.files)).unlink(missing_ok=True)
 
@@ -529,7 +545,7 @@ class Captures:
             if capture.kind != "stage" and capture.place == tap_id and capture.running and not capture.stopping:
                 capture.stopping = True
                 capture.figures.update(figures)
-                await self._end(capture, reason)
+                await self._end(capture, reason if reason == "worker_exit" else "interface_gone")
 
     def _time_over(self, capture: Capture) -> None:
         if capture.running and not self._closing:

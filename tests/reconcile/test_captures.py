@@ -50,11 +50,9 @@ class Plane:
     def tap(self, device: str, stage: Mapping[str, Any], files: Sequence[int]) -> int:
         self.log.append(("tap", device))
         if self.refusal is not None:
-            for fd in files:
-                os.close(fd)
             raise self.refusal
         tap_id = len(self.files)
-        self.taps[tap_id], self.files[tap_id], self.figures[tap_id] = dict(stage), list(files), Counter()
+        self.taps[tap_id], self.files[tap_id], self.figures[tap_id] = dict(stage), [os.dup(fd) for fd in files], Counter()
         return tap_id
 
     def untap(self, _: str, tap_id: int) -> Mapping[str, int]:
@@ -64,7 +62,7 @@ class Plane:
         return self.figures[tap_id]
 
     def feed(self, _: str, place: int, fd: int) -> None:
-        self.files.setdefault(place, []).append(fd)
+        self.files.setdefault(place, []).append(os.dup(fd))
 
     def tap_figures(self, _: str, tap_id: int) -> Mapping[str, int]:
         return self.figures[tap_id]
