@@ -260,9 +260,7 @@ async def _inspected(orders: Orders, traffic_of: Traffic, name: str) -> Inspecte
     if found is not None:
         return found
     if await asyncio.to_thread(traffic_of.applied, interface.id) is None:
-        raise TunledgerError(
-            ErrorCode.NOT_RUNNING, f"{name}: nobody reads its packets; start its processing first"
-        )
+        raise TunledgerError(ErrorCode.NOT_RUNNING, f"{name}: nobody reads its packets; start its processing first")
     raise TunledgerError(
         ErrorCode.NOT_INSPECTED,
         f'{name}: nothing in its chain keeps flows and packets; put {{"processor": "inspect"}} into processing.chain',
@@ -409,7 +407,9 @@ class _Tail(_Source):
         return told
 
     def farewell(self) -> bytes:
-        return self._left_out() + _event("end", {"reason": "nothing more comes: processing ended, or the service stops"})
+        return self._left_out() + _event(
+            "end", {"reason": "nothing more comes: processing ended, or the service stops"}
+        )
 
     @property
     def enough(self) -> bool:

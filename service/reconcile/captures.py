@@ -297,9 +297,16 @@ class Captures:
 
     # -- life
 
-    async def run(self) -> None:
-        """Look at the captures now and then, until cancelled."""
-        self._loop = asyncio.get_running_loop()
+    async def run(self, reader: LogReader | None) -> None:
+        """Tell what became of captures of earlier runs, then look at the present ones now and then, until cancelled.
+
+        `reader` is None where the log cannot be written.
+        """
+        if reader is not None:
+            try:
+                await self.recover(reader)
+            except TunledgerError as error:
+                log.error("captures of earlier runs are not told about", error=error.message)
         while True:
             await asyncio.sleep(LOOK_S)
             await self._look()

@@ -52,7 +52,11 @@ class Plane:
         if self.refusal is not None:
             raise self.refusal
         tap_id = len(self.files)
-        self.taps[tap_id], self.files[tap_id], self.figures[tap_id] = dict(stage), [os.dup(fd) for fd in files], Counter()
+        self.taps[tap_id], self.files[tap_id], self.figures[tap_id] = (
+            dict(stage),
+            [os.dup(fd) for fd in files],
+            Counter(),
+        )
         return tap_id
 
     def untap(self, _: str, tap_id: int) -> Mapping[str, int]:
