@@ -442,19 +442,18 @@ class _Running:
     media_type: str
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        reason = "shutdown"
         work = [asyncio.ensure_future(self._run(send)), asyncio.ensure_future(_disconnected(receive))]
         try:
             done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
-            if work[1] in done or self.source.enough:
-                reason = "client_gone"
             for task in done:
                 task.result()
         finally:
             for task in work:
                 task.cancel()
             await asyncio.gather(*work, return_exceptions=True)
-            await asyncio.shield(self.source.captures.hang_up(self.source.live, reason))
+            captures = self.source.captures
+            reason = "shutdown" if captures.closing else "client_gone"
+            await asyncio.shield(captures.hang_up(self.source.live, reason))
 
     async def _run(self, send: Send) -> None:
         headers = [
