@@ -275,7 +275,7 @@ STAGES: Final[dict[str, Schema]] = {
         "description": "a processor of an installed package (entry point `tunledger.processors`), which judges its "
         f"options by itself; at most {chains.OPTIONS_CHARS_MAX} characters of them",
         "properties": {
-            "processor": text(pattern=_PROCESSOR_NAME, **{"not": {"enum": list(chains.BUILT_IN)}}),
+            "processor": {**text(pattern=_PROCESSOR_NAME), "not": {"enum": list(chains.BUILT_IN)}},
             "on_crash": _ON_CRASH,
         },
         "required": ["processor"],

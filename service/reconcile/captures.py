@@ -366,8 +366,9 @@ class Captures:
     # -- the data plane's calls, from any thread
 
     def files_for(self, device: str, name: str, stage: int, options: Mapping[str, Any]) -> Sequence[int]:
-        """The first file of a capture that is the stage at this place of a chain, the caller's from then on. Blocking; not
-        on the event loop.
+        """The first file of a capture that is the stage at this place of a chain; the caller's from then on.
+
+        Blocking; not for the event loop.
 
         Raises:
             TunledgerError: capture_failed, or that the log does not take its start.
