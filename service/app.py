@@ -12,10 +12,10 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
 import uuid_utils
@@ -24,10 +24,13 @@ from service import __version__, failpoints
 from service.api import bodies
 from service.config import Config
 from service.dataplane.supervisor import DataplaneError, Supervisor, WorkerExit
+from service.dataplane.work import Work
 from service.domain import commands as cmd
 from service.domain import events as ev
 from service.domain.counters import Book, worker_reading
 from service.domain.errors import ErrorCode, TunledgerError
+from service.domain.spec import Offloads, Processing
+from service.domain.steps import COUNT_ONLY
 from service.domain.values import CommandId, InterfaceId, NodeId
 from service.kernel.linux import LinuxKernel
 from service.kernel.monitor import Monitor
@@ -176,6 +179,45 @@ class _OpenedLog:
             each.close()
 
 
+class Workers:
+    """The supervisor as reconciling sees it: in the domain's words (`reconcile.hands.DataPlane`)."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self.detach = supervisor.detach
+        self.counters = supervisor.counters
+        self.healthy = supervisor.healthy
+
+    def attach(
+        self,
+        device: str,
+        fd: int,
+        *,
+        mode: Literal["tun", "tap"],
+        name: str | None = None,
+        processing: Processing = COUNT_ONLY,
+        mtu: int = 1500,
+    ) -> str:
+        """Hand a descriptor to a worker. Raises DataplaneError."""
+        return self._supervisor.attach(device, fd, mode=mode, name=name, work=_work(processing, mtu))
+
+    def configure(self, device: str, processing: Processing, mtu: int) -> None:
+        """Have a device's worker do something else. Raises DataplaneError."""
+        self._supervisor.configure(device, _work(processing, mtu))
+
+    def attached(self) -> Mapping[str, Processing]:
+        """The devices that live workers hold now, and what they were told to do."""
+        return {
+            device: Processing(running=True, chain=work.chain, offloads=Offloads(work.offloads))
+            for device, work in self._supervisor.attached().items()
+        }
+
+
+def _work(processing: Processing, mtu: int) -> Work:
+    offloads = processing.offloads
+    return Work(processing.chain, mtu=mtu, vnet_hdr=offloads is Offloads.AUTO, offloads=offloads.value)
+
+
 class _Service:
     """Everything that runs, and the order in which it stops."""
 
@@ -273,7 +315,7 @@ class _Service:
             book=opened.book,
             writer=writer,
             applier=applier,
-            hands=Hands(kernel, supervisor, monitor),
+            hands=Hands(kernel, Workers(supervisor), monitor),
             clock=self._clock,
             boot_id=boot_id(),
             render=_render,

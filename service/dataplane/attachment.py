@@ -1,7 +1,7 @@
 """A device and the worker that has it, as the supervisor keeps it: its slot, its stages' areas, its figures.
 
-State without threads or I/O; all of it is used under the supervisor's lock. A device may be handed from worker to worker
-within one session: what it counted before is kept here and added.
+State without threads or I/O; all of it is used under the supervisor's lock. A device may be handed from worker to
+worker within one session: what it counted before is kept here and added.
 """
 
 from collections.abc import Mapping, Sequence

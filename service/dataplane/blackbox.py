@@ -40,7 +40,7 @@ SHOWN_MAX: Final = 256
 """Octets of a packet that are told."""
 
 STRIDE: Final = 65_536 + 22 + 10 + 8 + 64 - 40
-"""The largest packet, an Ethernet header and two VLAN tags, a virtio_net_hdr; then an odd number of cache lines (1,025),
+"""A largest packet, an Ethernet header and two VLAN tags, a virtio_net_hdr; then an odd number of cache lines, 1,025,
 so that the packets' headers do not all fall into one set of the cache."""
 
 _SHORT: Final = struct.Struct("<H")

@@ -1,9 +1,9 @@
 """Whose fault a worker's death was, and what that means for the next start: without the stage, or later.
 
-Pure: times are given. A stage with `on_crash: bypass` is left out until its chain changes or processing is started anew.
-With `restart` it comes back: at once after the first crash, then after 1 s, doubled with each crash up to a minute. So
-the devices that shared its worker are let go and taken up again at most once a minute, however often a packet comes that
-kills.
+Pure: times are given. A stage with `on_crash: bypass` is left out until its chain changes or processing is started
+anew. With `restart` it comes back: at once after the first crash, then after 1 s, doubled with each crash up to a
+minute. So the devices that shared its worker are let go and taken up again at most once a minute, however often a
+packet comes that kills.
 """
 
 from collections.abc import Mapping

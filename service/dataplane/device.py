@@ -8,7 +8,9 @@ written by one stage's call at a time, and runs through the target's to_kernel s
 is followed `NESTED_MAX` deep and no deeper.
 """
 
+import contextlib
 import errno
+import fcntl
 import io
 import os
 import select
@@ -27,6 +29,8 @@ from service.packet.classify import classify, classify_frame
 
 if TYPE_CHECKING:
     from service.dataplane.packet_lines import PacketLines
+
+_TUNSETOFFLOAD: Final = 0x400454D0  # linux/if_tun.h
 
 HEADER_BYTES: Final = 10
 """struct virtio_net_hdr (linux/virtio_net.h), as TUNSETVNETHDRSZ is left."""
@@ -71,12 +75,10 @@ class DeviceBatch(Batch):
     def __iter__(self) -> Iterator[Packet]:
         """The packets one by one, the black box knowing which."""
         box, places = self._box, self._places
-        at = 0
-        for packet in self.packets:
+        for at, packet in enumerate(self.packets):
             self.at = at
             box[INDEX] = at if places is None else places[at]
             yield packet
-            at += 1
 
     def take(self, indexes: Sequence[int]) -> None:
         """See `Batch.take`."""
@@ -191,6 +193,15 @@ class Device:
         if setup.vnet_hdr:
             self._headers: Final = [buffer[:HEADER_BYTES] for buffer in box.buffers]
             self._bodies: Final = [buffer[HEADER_BYTES:] for buffer in box.buffers]
+
+    def close(self) -> None:
+        """Close the descriptor. What offloads were asked for are taken back first: the device would keep them, and hand
+        segments to a next reader that does not expect any.
+        """
+        if self.vnet_hdr:
+            with contextlib.suppress(OSError):  # it is gone, or no TUN
+                fcntl.ioctl(self.fd, _TUNSETOFFLOAD, 0)
+        self.file.close()
 
     def clear_area(self, area: int) -> int:
         """Zero the figures of a stage that is about to begin; return its first word."""

@@ -24,9 +24,17 @@ class Place(Protocol):
     def name(self) -> str: ...
     @property
     def mode(self) -> Mode: ...
-    def output(self, name: str) -> Output: ...
-    def clear_area(self, area: int) -> int: ...
-    def poke(self) -> None: ...
+    def output(self, name: str) -> Output:
+        """The interface of that name, there or not."""
+        ...
+
+    def clear_area(self, area: int) -> int:
+        """Zero the figures of a stage that is about to begin; return its first word."""
+        ...
+
+    def poke(self) -> None:
+        """Have the service look at the worker."""
+        ...
 
 
 class StageContext:
@@ -106,6 +114,7 @@ def build(
         for each in setup.stages:
             kept = old.by_area(each.area)
             if kept is not None:
+                kept.context.mtu = setup.mtu
                 stages.append(kept)
                 continue
             own, left = left[: each.files], left[each.files :]

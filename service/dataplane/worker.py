@@ -114,6 +114,7 @@ class Worker:
                     # and that one is only read once too often.
                     if fd == control:
                         if not self._serve():
+                            self._end()
                             return
                     elif (device := self._by_fd.get(fd)) is not None:
                         error = device.drain(events)
@@ -125,6 +126,12 @@ class Worker:
             if box[AREA] and not self._box.noted:
                 self._box.note(error, None)
             raise
+
+    def _end(self) -> None:
+        """Close everything in good order."""
+        for device in list(self._by_fd.values()):
+            self._let_go(device)
+            device.close()
 
     def _timeout_s(self) -> float | None:
         if self._lines is None and not any(device.chain.stages for device in self._by_fd.values()):
@@ -146,7 +153,7 @@ class Worker:
 
     def _lose(self, device: Device, error: int) -> None:
         self._let_go(device)
-        device.file.close()
+        device.close()
         self._counters.mark_lost(device.slot, error)
         self._poke()
 
@@ -196,12 +203,12 @@ class Worker:
                 device = self._by_slot.get(slot)
                 if device is not None and device.serial == serial:
                     self._let_go(device)
-                    device.file.close()
+                    device.close()
             case Release(_, slot, serial):
                 device = self._device(slot, serial)
                 self._let_go(device)
                 returned.append(os.dup(device.fd))
-                device.file.close()
+                device.file.close()  # with its offloads: whoever takes it over takes them
             case Feed(_, slot, serial, area):
                 stage = self._device(slot, serial).chain.by_area(area)
                 if stage is None:
@@ -310,9 +317,10 @@ def _read_setup(fd: int) -> work.Setup:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a worker: parent's pid, index, control, memory, box, notice, lines or -1, packets a second, others; exit status.
+    """Run a worker; return the exit status.
 
-    `others` is JSON: folders to import other packages' processors from, and their names.
+    The arguments: parent's pid, index, control, memory, box, notice, lines or -1, packets a second, and, as JSON,
+    folders to import other packages' processors from and their names.
     """
     parent_pid, index, control_fd, memory_fd, box_fd, notice_fd, lines_fd, packets_per_s = map(int, arguments[:8])
     folders, custom = json.loads(arguments[8])

@@ -346,7 +346,14 @@ class Batch:
 
 
 def attach_present(
-    route: netlink.RouteSocket, tun_path: str, name: str, mode: Mode, multi_queue: bool, ifindex: int
+    route: netlink.RouteSocket,
+    tun_path: str,
+    name: str,
+    mode: Mode,
+    multi_queue: bool,
+    ifindex: int,
+    *,
+    vnet_hdr: bool = False,
 ) -> int:
     """A descriptor on the device with this ifindex, and on none that has its name by now.
 
@@ -360,7 +367,7 @@ def attach_present(
         raise errnos.no_device_node(tun_path, error.errno or errno.EIO) from error
     try:
         try:
-            tundev.attach(fd, name, mode, multi_queue=multi_queue, exclusive=False)
+            tundev.attach(fd, name, mode, multi_queue=multi_queue, exclusive=False, vnet_hdr=vnet_hdr)
         except OSError as error:
             if error.errno == errno.EBUSY:
                 raise errnos.busy(name) from error

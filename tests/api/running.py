@@ -28,6 +28,8 @@ from service.api.traffic import Applied, Inspected
 from service.dataplane.attachment import StageStatus
 from service.domain import events as ev
 from service.domain.errors import TunledgerError
+from service.domain.spec import Processing
+from service.domain.steps import COUNT_ONLY
 from service.domain.values import NodeId
 from service.kernel.fake import FakeKernel
 from service.reconcile.applier import Applier
@@ -91,25 +93,42 @@ class Readers:
     """A data plane without workers: it takes descriptors and counts nothing."""
 
     devices: dict[str, str] = field(default_factory=dict)
+    applied: dict[str, Processing] = field(default_factory=dict)
     unwell: list[str] = field(default_factory=list)
     sessions: "itertools.count[int]" = field(default_factory=itertools.count)
 
-    def attach(self, device: str, fd: int, *, mode: Literal["tun", "tap"], name: str | None = None) -> str:
+    def attach(
+        self,
+        device: str,
+        fd: int,
+        *,
+        mode: Literal["tun", "tap"],
+        name: str | None = None,
+        processing: Processing = COUNT_ONLY,
+        mtu: int = 1500,
+    ) -> str:
         """Take the descriptor, as a worker would."""
         assert mode in {"tun", "tap"}
         assert name != ""
         socket.socket(fileno=fd).close()
+        assert mtu > 0
         self.devices[device] = f"session-{next(self.sessions)}"
+        self.applied[device] = processing
         return self.devices[device]
+
+    def configure(self, device: str, processing: Processing, mtu: int) -> None:
+        """Do something else."""
+        assert mtu > 0
+        self.applied[device] = processing
 
     def detach(self, device: str) -> Counted | None:
         """Let go."""
         session = self.devices.pop(device, None)
         return None if session is None else Counted(session, {"ipv4.icmp": (3, 252)}, {})
 
-    def attached(self) -> frozenset[str]:
+    def attached(self) -> Mapping[str, Processing]:
         """All that were attached and not detached."""
-        return frozenset(self.devices)
+        return {device: self.applied[device] for device in self.devices}
 
     def counters(self) -> Mapping[str, Counted]:
         """The same for each."""

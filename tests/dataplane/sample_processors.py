@@ -5,8 +5,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from service.dataplane.contract import BOTH, Batch, Context, Processor
@@ -38,6 +40,7 @@ class Count(Processor):
         self.context.count("octets", sum(map(len, batch.packets)))
 
     def tick(self, now_ns: int) -> None:
+        assert now_ns > 0
         self.context.count("ticks")
 
 
@@ -112,17 +115,19 @@ class Open(Processor):
 
     def process(self, batch: Batch) -> None:
         for attempt in (
-            lambda: open("/etc/hostname"),
+            lambda: Path("/etc/hostname").read_bytes(),
             lambda: os.open("/dev/null", os.O_WRONLY),
             lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM),
-            lambda: socket.socketpair(),
+            socket.socketpair,
             os.fork,
             lambda: subprocess.run(["/bin/true"], check=True),
-            lambda: os.execv(sys.executable, [sys.executable]),
+            lambda: os.execv(sys.executable, [sys.executable]),  # noqa: S606
             lambda: os.kill(os.getppid(), 0),
-            lambda: os.listdir("/"),
-            lambda: os.unlink("/tmp/not-there"),
-            lambda: os.mkdir("/tmp/not-made"),
+            lambda: list(Path("/").iterdir()),
+            lambda: Path("/tmp/not-there").unlink(),
+            lambda: Path("/tmp/not-made").mkdir(),
+            lambda: os.memfd_create("more"),
+            lambda: threading.Thread(target=int).start(),
         ):
             try:
                 attempt()

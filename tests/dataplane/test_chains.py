@@ -195,4 +195,4 @@ def test_devices_that_come_to_exchange_packets_are_brought_together_without_a_lo
     supervisor.attach("c", third.fd, mode="tun", name="tun2", work=chain({"processor": "send", "to": "tun0"}))
     third.socket.send(IPV4_UDP)
     assert source.socket.recv(100) == IPV4_UDP
-    assert observed.exits == observed.lost == []
+    assert (observed.exits, observed.lost) == ([], [])

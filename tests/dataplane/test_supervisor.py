@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.dataplane.attachment import DeviceCounters
 from service.dataplane.contract import Mode
 from service.dataplane.supervisor import (
     RESPAWN_MAX_S,
     DataplaneError,
-    DeviceCounters,
     Supervisor,
     WorkerExit,
     respawn_delay_s,

@@ -48,7 +48,7 @@ class Bench:
     def close(self) -> None:
         for device in list(self.worker._by_fd.values()):
             self.worker._let_go(device)
-            device.file.close()
+            device.close()
         self.worker._epoll.close()
         self.control.close()
         self._theirs.close()

@@ -73,9 +73,9 @@ class Watching(NoMonitor):
 
 
 def sight_of(kernel: FakeKernel, called: str, attached: Processing | None, watched: int | None = None) -> Sight:
-    devices = {} if attached is None else {OURS.interface_id: attached}
+    devices: dict[str, Processing] = {} if attached is None else {OURS.interface_id: attached}
     wanted = [Wanted(OURS, InterfaceName(called), None)]
-    return sights(wanted, kernel.observe(), devices, Watching(watched), devices)[OURS.interface_id]
+    return sights(wanted, kernel.observe(), devices, Watching(watched))[OURS.interface_id]
 
 
 def carry_out(kernel: FakeKernel, steps: tuple[st.Step, ...], attached: Processing | None) -> Processing | None:

@@ -11,7 +11,8 @@ from service.api.render import render
 from service.app import SystemClock
 from service.domain import commands as cmd
 from service.domain import events as ev
-from service.domain.spec import parse_spec
+from service.domain.spec import Processing, parse_spec
+from service.domain.steps import COUNT_ONLY
 from service.domain.values import CommandId, InterfaceName
 from service.kernel.fake import FakeKernel
 from service.reconcile.answer import Answer, Clock
@@ -33,22 +34,39 @@ class CountingDataPlane:
 
     def __init__(self) -> None:
         self.held: dict[str, int] = {}
+        self.applied: dict[str, Processing] = {}
         self.refusal: Exception | None = None
 
-    def attach(self, device: str, fd: int, *, mode: Literal["tun", "tap"], name: str | None = None) -> str:
-        del mode, name
+    def attach(
+        self,
+        device: str,
+        fd: int,
+        *,
+        mode: Literal["tun", "tap"],
+        name: str | None = None,
+        processing: Processing = COUNT_ONLY,
+        mtu: int = 1500,
+    ) -> str:
+        del mode, name, mtu
         if self.refusal is not None:
             os.close(fd)
             raise self.refusal
         self.held[device] = fd
+        self.applied[device] = processing
         return "session"
+
+    def configure(self, device: str, processing: Processing, mtu: int) -> None:
+        del mtu
+        if self.refusal is not None:
+            raise self.refusal
+        self.applied[device] = processing
 
     def detach(self, device: str) -> Figures | None:
         os.close(self.held.pop(device))
         return None
 
-    def attached(self) -> frozenset[str]:
-        return frozenset(self.held)
+    def attached(self) -> Mapping[str, Processing]:
+        return {device: self.applied[device] for device in self.held}
 
     def counters(self) -> Mapping[str, Figures]:
         return {}
