@@ -5,11 +5,13 @@ Part of the composition root (`service.app`), which alone knows both sides. Noth
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from service.api.traffic import Applied, Inspected
+from service.api.traffic import Applied, End, Flow, Inspected, Kept
 from service.dataplane.attachment import StageStatus
+from service.dataplane.flowtable import FlowRow, FlowTableReader
 from service.dataplane.supervisor import DataplaneError, Supervisor
 from service.domain.errors import ErrorCode, TunledgerError
 from service.packet import pcapng
@@ -63,8 +65,59 @@ class Plane:
 
     def inspected(self, device: str) -> Inspected | None:
         """What the first inspecting stage of its chain knows; None if there is none."""
-        del device
+        stages = self._supervisor.stages(device)
+        for place, memory in sorted(self._supervisor.stage_memory(device).items()):
+            if place < len(stages) and stages[place].processor == "inspect":
+                return _inspected(memory)
         return None
+
+
+def _inspected(memory: memoryview) -> Inspected:
+    try:
+        table = FlowTableReader(memory)
+    except ValueError as error:
+        raise TunledgerError(ErrorCode.WORKER_FAILED, str(error), retry=True) from error
+    try:
+        totals, rows, heads = table.totals(), table.rows(), table.packets()
+    finally:
+        table.release()
+    protocols = {
+        name: (
+            totals.from_kernel.get(name, (0, 0))[0] + totals.to_kernel.get(name, (0, 0))[0],
+            totals.from_kernel.get(name, (0, 0))[1] + totals.to_kernel.get(name, (0, 0))[1],
+        )
+        for name in {**totals.from_kernel, **totals.to_kernel}
+    }
+    latest = [Kept(head.time_ns, head.direction == "to_kernel", head.length, head.data) for head in heads]
+    return Inspected([_flow(row) for row in rows], protocols, latest)
+
+
+_PROTOCOLS: Mapping[int, str] = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6"}
+_PORTS = (6, 17)
+
+
+def _flow(row: FlowRow) -> Flow:
+    """A flow with its probable client first: the end with the higher port."""
+    ends = row.ends
+    has_ports = ends.protocol in _PORTS and bool(ends.first_port or ends.second_port)
+    first = End(str(ip_address(ends.first)), ends.first_port if has_ports else None)
+    second = End(str(ip_address(ends.second)), ends.second_port if has_ports else None)
+    there, back = (row.packets_there, row.bytes_there), (row.packets_back, row.bytes_back)
+    if ends.first_port < ends.second_port or (not has_ports and not row.packets_there):
+        first, second, there, back = second, first, back, there
+    flags = row.tcp_flags_there | row.tcp_flags_back
+    return Flow(
+        protocol=_PROTOCOLS.get(ends.protocol, str(ends.protocol)),
+        first=first,
+        second=second,
+        first_packets=there[0],
+        first_bytes=there[1],
+        second_packets=back[0],
+        second_bytes=back[1],
+        first_seen_ns=row.first_seen_ns,
+        last_seen_ns=row.last_seen_ns,
+        tcp_flags="".join(letter for bit, letter in enumerate("FSRP.UEWe") if flags >> bit & 1),
+    )
 
 
 @contextlib.contextmanager

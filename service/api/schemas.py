@@ -701,7 +701,7 @@ _AMOUNT: Final = record({"packets": integer(minimum=0), "bytes": integer(minimum
 _FLOW: Final = record(
     {
         "protocol": text(examples=["tcp", "udp", "icmp"]),
-        "first": {**_FLOW_END, "description": "who was seen sending first"},
+        "first": {**_FLOW_END, "description": "of two ports the one with the higher: the client, most likely"},
         "second": _FLOW_END,
         "sent": {**_AMOUNT, "description": "by the first"},
         "returned": {**_AMOUNT, "description": "by the second"},

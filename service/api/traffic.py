@@ -6,7 +6,7 @@ Pure but for `Traffic`, the protocol of what the data plane knows. A packet's li
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from service.packet.ethernet import EthernetHeader
 from service.packet.parse import Frame, Packet, class_name, parse, parse_frame
@@ -52,7 +52,7 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """A flow with both its directions; `first` is who was seen sending first. Times are nanoseconds since the epoch."""
+    """A flow with both its directions; `first` is most likely the client. Times are nanoseconds since the epoch."""
 
     protocol: str
     first: End
@@ -85,6 +85,7 @@ class Inspected:
     latest: Sequence[Kept]
 
 
+@runtime_checkable  # litestar looks
 class Traffic(Protocol):
     """What the data plane knows of an interface, by its id. Blocking for a moment at most; raises TunledgerError."""
 

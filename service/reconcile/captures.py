@@ -513,7 +513,7 @@ class Captures:
             capture.figures.update(stages[place].figures)
         elif not capture.stopping:
             capture.stopping = True
-            await self._end(capture, "asked" if stages else "interface_gone")
+            await self._end(capture, "asked" if capture.interface_id in self._taps.attached() else "interface_gone")
 
     async def _act_on(self, capture: Capture) -> None:
         if not capture.running or capture.stopping:

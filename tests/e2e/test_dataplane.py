@@ -55,8 +55,7 @@ def told(service: Service) -> list[Any]:
 @needs_tcpdump
 def test_tcpdump_reads_the_live_stream_and_its_end_ends_the_capture(running: Service) -> None:
     with subprocess.Popen(
-        f"curl -sN {url(running, BASE)}/capture/stream | tcpdump -r - -n -c 2 -l",
-        shell=True,
+        ["sh", "-c", f"curl -sN {url(running, BASE)}/capture/stream | tcpdump -r - -n -c 2 -l"],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
