@@ -416,7 +416,13 @@ _OBSERVED: Final = record(
         "group": nullable(integer()),
         "multi_queue": flag("several descriptors at once"),
         "mac": nullable(text()),
-        "processing": record({"running": flag("whether a worker reads it")}),
+        "processing": record(
+            {
+                "running": flag("whether a worker reads it"),
+                "chain": listed(STAGE, "what that worker was told to do"),
+                "offloads": nullable(text("as that worker was told; null without one", enum=["auto", "off"])),
+            }
+        ),
     },
     description="what the kernel says; null while there is no link",
 )
@@ -736,7 +742,7 @@ _PROCESSING: Final = record(
         "chain": listed(STAGE, "what the worker was told to do"),
         "offloads": record(
             {
-                "setting": nullable(text("`null` while no worker reads the device", enum=["auto", "off", None])),
+                "setting": nullable(text("`null` while no worker reads the device", enum=["auto", "off"])),
                 "active": flag("whether packets come with a virtio_net_hdr, which offloads need"),
             }
         ),
