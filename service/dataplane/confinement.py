@@ -21,10 +21,11 @@ def confine(index: int, parent_pid: int) -> None:
     """Give up what a reader of packets does not need, and tie this process's life to its parent's.
 
     No capability and no way to get one (reading an open TUN needs none), no signals meant for the service (systemd
-    sends SIGTERM to the whole group, and the service still needs its workers to stop in order), as
-    many open files as allowed. Exits at once if the parent has already died, since PDEATHSIG would then never
-    come. Last, no system call that could open anything (`syscalls`), where this machine has the means. Raises OSError if the kernel refuses. Sources: prctl(2), capset(2); credentials come first, because
-    changing them may clear PDEATHSIG (kernel/cred.c, commit_creds).
+    sends SIGTERM to the whole group, and the service still needs its workers to stop in order), as many open files as
+    allowed, and last, where this machine has the means, no system call that could open anything (`syscalls`). Exits at
+    once if the parent has already died, since PDEATHSIG would then never come. Raises OSError if the kernel refuses.
+    Sources: prctl(2), capset(2); credentials come first, because changing them may clear PDEATHSIG (kernel/cred.c,
+    commit_creds).
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

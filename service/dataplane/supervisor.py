@@ -616,6 +616,8 @@ class Supervisor:
         try:
             setup = _setup(attachment, attachment.work, stages, [])
             failpoints.reach("dataplane.hand_over.before", fails=True)
+            with self._lock:
+                attachment.coming = attachment.work, [stage for stage in stages if stage is not None]
             body = written(setup)
             files.append(body)
             reply, _ = self._ask(attachment, request, deadline, [fd, body, *files[:-1]])
@@ -630,7 +632,7 @@ class Supervisor:
         with self._lock:
             if self._attachments.get(attachment.device) is not attachment:
                 raise DataplaneError("worker_gone", f"{_where(attachment)} died", retry=True)
-            attachment.stages = stages
+            attachment.stages, attachment.coming = stages, None
             attachment.name_figures(json.loads(reply.text))
             attachment.confirmed = True
             attachment.busy = then
@@ -655,6 +657,8 @@ class Supervisor:
             old = [held for held in attachment.stages if held is not None]
         stages, files = self._stages(attachment, work, old)
         try:
+            with self._lock:
+                attachment.coming = work, [stage for stage in (*taps, *stages) if stage is not None]
             body = written(_setup(attachment, work, stages, taps))
             files.append(body)
             reply, _ = self._ask(attachment, request, deadline, [body, *files_of_tap, *files[:-1]])
@@ -670,7 +674,7 @@ class Supervisor:
                 raise DataplaneError("worker_gone", f"{_where(attachment)} died", retry=True)
             if work.chain != attachment.work.chain:
                 self._crashes.forget(attachment.device)
-            attachment.stages, attachment.taps, attachment.work = stages, list(taps), work
+            attachment.stages, attachment.taps, attachment.work, attachment.coming = stages, list(taps), work, None
             attachment.name_figures(json.loads(reply.text))
             self._poke()
 
@@ -951,15 +955,16 @@ class Supervisor:
             (
                 held
                 for held in self._attachments.values()
-                if held.worker is worker and held.serial == remains.serial and held.confirmed
+                if held.worker is worker and held.serial == remains.serial
             ),
             None,
         )
         found = held.by_area(remains.area) if held is not None else None
         if held is None or found is None:
             return None
-        place, stage = found
-        then = self._crashes.crashed(held.device, held.work.chain, place, time.monotonic())
+        work, stage = found
+        place = stage.setup.place
+        then = self._crashes.crashed(held.device, work.chain, place, time.monotonic())
         error = f"it did not come to an end for {STUCK_S:g} s" if worker.stuck else remains.error
         return Crash(
             held.device,

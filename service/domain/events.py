@@ -152,6 +152,12 @@ class ContestEnded(msgspec.Struct, frozen=True, kw_only=True):
     quiet_s: int
 
 
+class ReconcileRequested(msgspec.Struct, frozen=True, kw_only=True):
+    """Observation: a client asked for the host to be compared with the log, and mended, now."""
+
+    request: Request
+
+
 class OrphanRemoved(msgspec.Struct, frozen=True, kw_only=True):
     """Observation: a link with our token that nothing declares any more was removed."""
 
@@ -207,8 +213,8 @@ class CaptureStarted(msgspec.Struct, frozen=True, kw_only=True):
 class CaptureStopped(msgspec.Struct, frozen=True, kw_only=True):
     """Observation: a capture ended, with all that it got.
 
-    `reason`: asked, client_gone, interface_gone, worker_exit, disk_full, shutdown or crash (found at start-up; the
-    figures are then 0).
+    `reason`: asked, finished (a limit of its own), client_gone, interface_gone (or its processing stopped),
+    worker_exit, disk_full, write_failed, shutdown or crash (found at start-up; the figures are then 0).
     """
 
     interface_id: InterfaceId
@@ -272,6 +278,7 @@ Observation = (
     | DriftEnded
     | InterfaceContested
     | ContestEnded
+    | ReconcileRequested
     | OrphanRemoved
     | WorkerExited
     | ProcessorCrashed
