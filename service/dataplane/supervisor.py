@@ -952,11 +952,7 @@ class Supervisor:
         if remains is None or (status == "signal SIGKILL" and not worker.stuck):
             return None
         held = next(
-            (
-                held
-                for held in self._attachments.values()
-                if held.worker is worker and held.serial == remains.serial
-            ),
+            (held for held in self._attachments.values() if held.worker is worker and held.serial == remains.serial),
             None,
         )
         found = held.by_area(remains.area) if held is not None else None

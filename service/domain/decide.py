@@ -3,13 +3,14 @@
 Pure: refusing costs nothing and changes nothing. What the kernel may still refuse is not guessed here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, assert_never
 
 import msgspec
 
 from service.domain import commands as cmd
 from service.domain import events as ev
+from service.domain.chain import BUILT_IN, custom
 from service.domain.errors import ErrorCode, TunledgerError, invalid
 from service.domain.observed import Host
 from service.domain.spec import InterfaceSpec, changes, check, parse_spec, spec_to_json
@@ -103,6 +104,28 @@ def intended(intent: ev.Intent, interface: Interface | None) -> InterfaceSpec | 
             return None
         case _:
             assert_never(intent)
+
+
+def refuse_unknown_processors(state: State, intents: Sequence[ev.Intent], known: Collection[str]) -> None:
+    """Refuse intents whose chains name processors of other packages that are not installed here.
+
+    One that an interface has already may stay: its package went after it was accepted, and everything else about the
+    interface can still be changed.
+
+    Raises:
+        TunledgerError: invalid_field.
+    """
+    for number, intent in enumerate(intents):
+        if not isinstance(intent, ev.InterfaceDeclared | ev.InterfaceReconfigured):
+            continue
+        present = state.find(intent.spec.name)
+        had = present.spec.processing.chain if present is not None and present.spec is not None else ()
+        for name in sorted(custom(intent.spec.processing.chain) - custom(had) - set(known)):
+            place = next(i for i, stage in enumerate(intent.spec.processing.chain) if stage["processor"] == name)
+            at = f"processing.chain.{place}.processor"
+            names = ", ".join([*BUILT_IN, *sorted(known)])
+            field = at if len(intents) == 1 else f"commands.{number}.{at}"
+            raise invalid(field, name, f"is no processor here; known: {names}")
 
 
 def confirm(state: State, command_id: str, request: cmd.Request) -> list[ev.ChangeConfirmed]:

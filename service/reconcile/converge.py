@@ -297,6 +297,8 @@ def _mtu(wanted: Wanted) -> int:
 
 def _worker_failed(step: st.Step, error: Exception) -> TunledgerError:
     retry = bool(getattr(error, "retry", True))  # the data plane's own errors know; anything else may pass
+    if getattr(error, "code", None) == "stage_refused":  # it is the user's to change
+        return TunledgerError(ErrorCode.INVALID_FIELD, f"processing.chain: {error}", field="processing.chain")
     return TunledgerError(ErrorCode.WORKER_FAILED, f"{step}: {error}", retry=retry)
 
 

@@ -27,7 +27,7 @@ from service import failpoints
 from service.domain import commands as cmd
 from service.domain import events as ev
 from service.domain.counters import Book, Reading
-from service.domain.decide import decide
+from service.domain.decide import decide, refuse_unknown_processors
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.observed import Host, ObservedLink
 from service.domain.plan import Difference, Sight, differences, plan
@@ -95,11 +95,13 @@ class Engine:
         frozen: TunledgerError | None = None,
         obstacle: Callable[[], str | None] = lambda: None,
         keeper: CounterKeeper | None = None,
+        processors: Collection[str] = (),
     ) -> None:
         self.node, self.state = node, state
         self._writer, self._hands = writer, hands
         self._clock, self._render, self._publish = clock, render, publish
         self._obstacle = obstacle
+        self._processors = frozenset(processors)  # of other packages
         self._crossing = Crossing()
         self._journal = Journal(
             node=node, state=state, writer=writer, clock=clock, crossing=self._crossing, frozen=frozen
@@ -210,7 +212,7 @@ class Engine:
         Raises:
             TunledgerError: the refusal that would come.
         """
-        intents = decide(self._journal.state, submission, await self._survey(submission), self._journal.new_id)
+        intents = await self._decide(submission)
         wanted = [self._finishing.wanted_by(intent) for intent in intents]
 
         def look_and_plan() -> list[tuple[InterfaceName, tuple[Difference, ...], tuple[Step, ...]]]:
@@ -225,6 +227,11 @@ class Engine:
             ]
 
         return Preview(tuple(intents), tuple(await self._applying.run(look_and_plan)))
+
+    async def _decide(self, submission: cmd.Submission) -> list[ev.Intent]:
+        intents = decide(self._journal.state, submission, await self._survey(submission), self._journal.new_id)
+        refuse_unknown_processors(self._journal.state, intents, self._processors)
+        return intents
 
     async def confirm(self, submission: cmd.Submission) -> Reply:
         """Make a change stay that awaits confirmation: the one of command `submission.request.confirms`.
@@ -320,7 +327,7 @@ class Engine:
             keys.append("/classic")  # no interface can have this name: at most one is made by that API at a time
         async with self._locks.hold(keys):
             try:
-                intents = decide(self._journal.state, submission, await self._survey(submission), self._journal.new_id)
+                intents = await self._decide(submission)
             except TunledgerError as refusal:
                 kind = type(submission.commands[0]).__name__ if len(names) == 1 else "Batch"
                 name = names[0] if len(names) == 1 else ""
@@ -439,15 +446,23 @@ class Engine:
 
     # -- workers
 
-    def worker_exited(self, worker: int, pid: int, status: str, last: Sequence[Reading]) -> None:
-        """From any thread: a worker died. Record it, keep what it had counted, give its devices to its successor."""
+    def worker_exited(
+        self, worker: int, pid: int, status: str, last: Sequence[Reading], crash: ev.ProcessorCrashed | None = None
+    ) -> None:
+        """From any thread: a worker died, perhaps of a processor. Record it, keep what it had counted, give its devices
+        to its successor.
+        """
         loop = self._loop
         if loop is not None and not self._closing:
             loop.call_soon_threadsafe(
-                lambda: self._spawn(self._replace_worker(worker, pid, status, last)) if not self._closing else None
+                lambda: (
+                    self._spawn(self._replace_worker(worker, pid, status, last, crash)) if not self._closing else None
+                )
             )
 
-    async def _replace_worker(self, worker: int, pid: int, status: str, last: Sequence[Reading]) -> None:
+    async def _replace_worker(
+        self, worker: int, pid: int, status: str, last: Sequence[Reading], crash: ev.ProcessorCrashed | None
+    ) -> None:
         lost = frozenset(reading.interface_id for reading in last)
         names: list[str] = sorted(i.name for i in self.state.interfaces.values() if i.id in lost)
         log.error("a packet worker died", worker=worker, pid=pid, status=status, devices=names)
@@ -455,7 +470,11 @@ class Engine:
         try:
             body = ev.WorkerExited(worker=worker, pid=pid, status=status, devices=names)
             counted = self._counting.job([self._counting.book.take(reading) for reading in last])
-            await self._journal.append([self._journal.of_node(body)], counted)
+            drafts = [self._journal.of_node(body)]
+            if crash is not None and crash.interface_id in self.state.interfaces:
+                log.error("a processor crashed", name=crash.name, processor=crash.processor, error=crash.error)
+                drafts.append(self._journal.draft(ev.interface_stream(crash.interface_id), crash))
+            await self._journal.append(drafts, counted)
             failpoints.reach("engine.worker_exit.recorded")
             await self.reconcile(cause="worker_exit", only=lost)
             failpoints.reach("engine.worker_exit.after")
