@@ -40,7 +40,7 @@ def heard(name: str) -> Iterator[socket.socket]:
     """What comes out of a device towards the host, as a packet socket sees it."""
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800)) as raw:
         raw.bind((name, 0x0800))
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUFFORCE, 64 << 20)
+        raw.setsockopt(socket.SOL_SOCKET, 33, 64 << 20)  # SO_RCVBUFFORCE (asm-generic/socket.h)
         raw.settimeout(5)
         yield raw
 
