@@ -359,7 +359,7 @@ def _without_loss(
         if sample.dropped == 0 and (lost is None or sample.rate == 0):
             return replace(sample, rate=sample.packets / sample.seconds)
         rate *= STEP
-    return replace(sample, rate=0.0)
+    raise RuntimeError(f"{reader.what}: packets are lost at 1,000 a second")
 
 
 def _costs(programs: Programs, ours: Ours, here: Namespace, _there: Namespace) -> None:
