@@ -1,24 +1,23 @@
 """The engine: takes commands, keeps desired state, and brings the host to it, each step in the log.
 
 Theory of operation. The engine lives on the event loop and never blocks it: the disk belongs to the log's writer,
-the host to the applier, each a thread that answers through futures and does what waits together as one. Desired state
-changes in one place, `_recorded`, when the writer has made events durable, in their order. One lock for each interface
-name: commands on one interface follow each other, commands on different ones do not wait.
+the host to the applier, each a thread that answers through futures and does what waits together as one. Here is what
+the other rooms call, and who is let in; what is then done has modules of its own:
 
-    submit      survey the host -> decide -> append the intent -> converge -> append the outcome -> answer
-    reconcile   look at everything -> record what drifted -> converge -> append what came of it
+    submit      survey the host -> decide -> append the intent -> converge -> append the outcome -> answer   finishing
+    reconcile   look at everything -> record what drifted -> converge -> append what came of it     reconciling, mending
+    confirm     a change that awaits confirmation stays, or is taken back when its time is over               deadlines
 
-Start-up and every wake-up are `reconcile`; an intent that a crash left pending is finished by it too. A command that
-was cut off by its client goes on to its outcome all the same. HTTP does not live here, nor do pragmas or netlink.
+    journal     the log and the desired state    locks     one for each name    orphans   links that nothing declares
+    applying    the applier's thread             wakeups   what to look at
+
+A command that was cut off by its client goes on to its outcome all the same. HTTP does not live here, nor do pragmas or
+netlink.
 """
 
 import asyncio
-import copy
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, assert_never
 
 import msgspec
@@ -28,43 +27,38 @@ from service import failpoints
 from service.domain import commands as cmd
 from service.domain import events as ev
 from service.domain.counters import Book, Reading
-from service.domain.decide import confirm, decide, intended, take_back
+from service.domain.decide import decide
 from service.domain.errors import ErrorCode, TunledgerError
-from service.domain.observed import Host, Observed, ObservedLink
-from service.domain.plan import Difference, Sight, differences, leave_be, plan
-from service.domain.spec import Drift, InterfaceSpec
-from service.domain.state import Interface, State, Unconfirmed, evolve
-from service.domain.steps import StartProcessing, Step
+from service.domain.observed import Host, ObservedLink
+from service.domain.plan import Difference, Sight, differences, plan
+from service.domain.spec import InterfaceSpec
+from service.domain.state import Interface, State
+from service.domain.steps import Step
 from service.domain.token import Token
 from service.domain.values import CommandId, InterfaceId, InterfaceName, NodeId
-from service.reconcile.answer import Answer, Clock, Finished, Preview, Renderer
+from service.reconcile.answer import Answer, Clock, Preview, Renderer
 from service.reconcile.applier import Applier
-from service.reconcile.converge import (
-    Result,
-    Wanted,
-    compare,
-    converge,
-    converge_each,
-    inspect,
-    look,
-    remove_orphans,
-    sights,
-)
+from service.reconcile.applying import Applying
+from service.reconcile.converge import converge, look
 from service.reconcile.counting import Counting
-from service.reconcile.hands import Hands, News
+from service.reconcile.deadlines import Deadlines
+from service.reconcile.finishing import Finishing
+from service.reconcile.hands import Hands
+from service.reconcile.journal import Journal
 from service.reconcile.keys import Keys, is_settled
+from service.reconcile.mending import Mending
+from service.reconcile.orphans import Orphans
+from service.reconcile.reconciling import Reconciling
 from service.reconcile.rejections import Allowance
-from service.reconcile.summary import SHOWN_MAX, Summary, few
-from service.reconcile.troubles import BACK_OFF_FIRST_S, BACK_OFF_MAX_S, CONTEST_WITHIN_S, Troubles
+from service.reconcile.summary import Summary, few
+from service.reconcile.troubles import Troubles
+from service.reconcile.wakeups import Wakeups
 from service.store import answers
 from service.store.answers import Kept, Reply
 from service.store.counters import CounterKeeper
-from service.store.writer import Job, LogWriter
+from service.store.writer import LogWriter
 
 IN_FLIGHT_MAX = 256  # commands between their arrival and their outcome; more are refused as overloaded
-LINE_MAX = 2000  # characters of a log line that tells of many interfaces
-SYSTEM = "system"  # the actor of what nobody asked for
-Survey = tuple[tuple[InterfaceName, ...], bool]  # names, and whether the networks in use are wanted too
 
 log = structlog.get_logger("tunledger.engine")
 
@@ -102,10 +96,11 @@ class Engine:
         keeper: CounterKeeper | None = None,
     ) -> None:
         self.node, self.state = node, state
-        self._writer, self._applier, self._hands = writer, applier, hands
-        self._clock, self._boot_id = clock, boot_id
-        self._render, self._publish, self._knows = render, publish, knows
-        self._frozen = frozen
+        self._writer, self._hands = writer, hands
+        self._clock, self._render, self._publish = clock, render, publish
+        self._obstacle = obstacle
+        self._journal = Journal(node=node, state=state, writer=writer, clock=clock, frozen=frozen)
+        self._applying = Applying(node=node, applier=applier, hands=hands)
         self._keys = Keys(recall, self._spawn)
         self._counting = Counting(
             node=node,
@@ -115,26 +110,41 @@ class Engine:
             hands=hands,
             writer=writer,
             clock=clock,
-            apply=self._apply,
+            apply=self._applying.run,
         )
-        self._take_backs: dict[CommandId, tuple[int, float]] = {}  # that failed: how often, and when to try again
-        self._locks: dict[str, asyncio.Lock] = {}
-        self._obstacle = obstacle
+        self.troubles = Troubles()
+        self._wakeups = Wakeups(journal=self._journal, applying=self._applying, troubles=self.troubles)
+        self.wake, self._locks = self._wakeups.wake, self._wakeups.locks
+        self._finishing = Finishing(
+            journal=self._journal,
+            applying=self._applying,
+            counting=self._counting,
+            troubles=self.troubles,
+            render=render,
+            look_again=self.look_again,
+            deadline_set=self.wake.set,
+        )
+        self._deadlines = Deadlines(journal=self._journal, locks=self._locks, finishing=self._finishing, render=render)
+        self._orphans = Orphans(journal=self._journal, applying=self._applying, knows=knows)
+        self._reconciling = Reconciling(
+            journal=self._journal,
+            locks=self._locks,
+            applying=self._applying,
+            finishing=self._finishing,
+            orphans=self._orphans,
+            mending=Mending(
+                journal=self._journal, applying=self._applying, counting=self._counting, troubles=self.troubles
+            ),
+            troubles=self.troubles,
+            boot_id=boot_id,
+        )
         self._complaints: list[str] = []
-        self.miscounted: str | None = None  # the same of the last sample
-        self.stumbled: str | None = None  # why the last turn of the loop came to nothing, if by a mistake of ours
-        self._unheard: dict[str, str] = {}  # links with our token that the log knows nothing of, and what to say
+        self.miscounted: str | None = None  # why the last sample came to nothing, if by a mistake of ours
+        self.stumbled: str | None = None  # the same of the last turn of the loop
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing = False
         self._rejections = Allowance()
-        self._previous_boot, self._previous_stop = state.boot_id, state.stopped
-        self.troubles = Troubles()
-        self.wake = asyncio.Event()  # something is due: `work` knows what
-        self._everything_due = False
-        self._later: set[InterfaceId] = set()  # heard of while a command was under way on them
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._news = False  # the monitor has heard of something
-        self._trusted = False  # start-up has looked, and found no link that the log should know and does not
 
     # -- events
 
@@ -144,36 +154,8 @@ class Engine:
         self._loop.call_soon_threadsafe(self._recorded, events)
 
     def _recorded(self, events: list[ev.Recorded]) -> None:
-        try:
-            for event in events:
-                evolve(self.state, event)
-        except TunledgerError as error:  # what is in the log must make sense, or nothing may rest on it any more
-            self.freeze(error.message)
+        self._journal.recorded(events)
         self._publish(events)
-
-    async def _append(self, drafts: Sequence[ev.Draft], also: Job | None = None) -> None:
-        if drafts:
-            await asyncio.wrap_future(self._writer.append(drafts, also))
-        elif also is not None:
-            await asyncio.wrap_future(self._writer.run(also))
-
-    def _draft(
-        self,
-        stream: str,
-        body: ev.Event,
-        *,
-        actor: str = SYSTEM,
-        command_id: CommandId | None = None,
-        expected_version: int | None = None,
-    ) -> ev.Draft:
-        return ev.Draft(
-            event_id=self._clock.new_id(),
-            stream=stream,
-            body=body,
-            actor=actor,
-            command_id=command_id,
-            expected_version=expected_version,
-        )
 
     # -- commands
 
@@ -228,8 +210,8 @@ class Engine:
         Raises:
             TunledgerError: the refusal that would come.
         """
-        intents = decide(self.state, submission, await self._survey(submission), self._clock.new_id)
-        wanted = [self._wanted_by(intent) for intent in intents]
+        intents = decide(self._journal.state, submission, await self._survey(submission), self._journal.new_id)
+        wanted = [self._finishing.wanted_by(intent) for intent in intents]
 
         def look_and_plan() -> list[tuple[InterfaceName, tuple[Difference, ...], tuple[Step, ...]]]:
             seen, _ = look(self._hands, wanted)
@@ -242,7 +224,7 @@ class Engine:
                 for each in wanted
             ]
 
-        return Preview(tuple(intents), tuple(await self._apply(look_and_plan)))
+        return Preview(tuple(intents), tuple(await self._applying.run(look_and_plan)))
 
     async def confirm(self, submission: cmd.Submission) -> Reply:
         """Make a change stay that awaits confirmation: the one of command `submission.request.confirms`.
@@ -251,81 +233,20 @@ class Engine:
             TunledgerError: not_awaiting.
         """
         self._refuse_if_closed()
-        work = self._confirm(submission)
+        work = self._deadlines.confirm(submission)
         if submission.request.key:
             return await asyncio.shield(self._keys.once(submission.actor, submission.request, work))
         reply: Reply = await asyncio.shield(self._spawn(work))
         return reply
 
-    async def _confirm(self, submission: cmd.Submission) -> Reply:
-        request, command_id = submission.request, submission.command_id
-        names = [u.name for u in self.state.unconfirmed.values() if u.command_id == request.confirms]
-        async with self._locked(names):
-            try:
-                confirmed = confirm(self.state, request.confirms, request)
-            except TunledgerError as refusal:
-                if request.key:  # heard now as by every repetition
-                    await self._append([], self._closed(submission.actor, command_id, request, (), refusal))
-                    return self._render(request, command_id, (), refusal)
-                raise
-            drafts = [
-                self._draft(ev.interface_stream(body.interface_id), body, actor=submission.actor, command_id=command_id)
-                for body in confirmed
-            ]
-            also = self._closed(submission.actor, command_id, request, (), None) if request.key else None
-            failpoints.reach("engine.confirm.before")
-            await self._append(drafts, also)
-            failpoints.reach("engine.confirm.after")
-        return self._render(request, command_id, (), None)
-
-    def _has_pending(self, name: str) -> bool:
-        interface = self.state.find(name)
-        return interface is not None and interface.pending is not None
-
     async def take_back_overdue(self) -> None:
         """Undo every change that was not confirmed in time."""
-        if self._frozen is not None or self._closing:
-            return
-        now = self._clock.now()
-        overdue: dict[CommandId, list[Unconfirmed]] = {}
-        for awaiting in self.state.unconfirmed.values():
-            if awaiting.confirm_by <= now and self._take_back_in_s(awaiting) <= 0:
-                overdue.setdefault(awaiting.command_id, []).append(awaiting)
-        for command_id, changes in overdue.items():
-            log.warning("not confirmed in time: taking back", command_id=command_id, names=[c.name for c in changes])
-            request = cmd.Request(
-                via="system", call="take_back", reverts=command_id, reason=f"not confirmed by {changes[0].confirm_by}"
-            )
-            async with self._locked([c.name for c in changes]):
-                present = [c for c in changes if self.state.unconfirmed.get(c.name) is c]
-                intents = take_back(self.state, present, request, self._clock.new_id)
-                if not intents or self._frozen is not None:
-                    continue
-                submission = cmd.Submission((), CommandId(self._clock.new_id()), SYSTEM, request)
-                failpoints.reach("engine.take_back.before")
-                try:
-                    await self._intend_and_finish(submission, intents, None)
-                    failpoints.reach("engine.take_back.after")
-                    self._take_backs.pop(command_id, None)
-                except TunledgerError as error:
-                    log.error("could not take back; it is tried again", command_id=command_id, error=error.message)
-                    failed, _ = self._take_backs.get(command_id, (0, 0.0))
-                    delay_s = min(BACK_OFF_MAX_S, 5 * BACK_OFF_FIRST_S * 2.0 ** min(failed, 16))
-                    self._take_backs[command_id] = failed + 1, time.monotonic() + delay_s
-        waited_for = {awaiting.command_id for awaiting in self.state.unconfirmed.values()}
-        self._take_backs = {each: at for each, at in self._take_backs.items() if each in waited_for}
-
-    def _take_back_in_s(self, awaiting: Unconfirmed) -> float:
-        """How long until a take-back that failed is tried again; not over 0 where none did."""
-        return self._take_backs.get(awaiting.command_id, (0, 0.0))[1] - time.monotonic()
+        if not self._closing:
+            await self._deadlines.take_back_overdue()
 
     def next_deadline_s(self) -> float | None:
         """Seconds until the next unconfirmed change is due to be taken back; None if there is none."""
-        if self._frozen is not None:
-            return None
-        awaited = [u for u in self.state.unconfirmed.values() if not self._has_pending(u.name)]
-        due = [max(self._clock.seconds_until(u.confirm_by), self._take_back_in_s(u), 0.0) for u in awaited]
-        return min(due, default=None)
+        return self._deadlines.next_s()
 
     async def reject(
         self, refusal: TunledgerError, name: str, command: str, actor: str, command_id: CommandId, request: cmd.Request
@@ -336,10 +257,10 @@ class Engine:
             TunledgerError: the refusal came with an Idempotency-Key, and could not be kept: it must not be heard, since
                 a repetition might hear another.
         """
-        if self._frozen is not None or self._closing:
+        if self._journal.frozen is not None or self._closing:
             return
         settled = request.key and is_settled(refusal)
-        also = self._closed(actor, command_id, request, (), refusal) if settled else None
+        also = self._finishing.closed(actor, command_id, request, (), refusal) if settled else None
         allowed, suppressed = self._rejections.take(time.monotonic())
         body = ev.CommandRejected(
             name=name,
@@ -353,8 +274,8 @@ class Engine:
         failpoints.reach("engine.reject.before")
         try:
             # A flood is a number in the log, but a key has its answer.
-            draft = self._draft(ev.name_stream(name), body, actor=actor, command_id=command_id)
-            await self._append([draft] if allowed else [], also)
+            draft = self._journal.draft(ev.name_stream(name), body, actor=actor, command_id=command_id)
+            await self._journal.append([draft] if allowed else [], also)
             failpoints.reach("engine.reject.after")
         except TunledgerError as error:
             log.warning("a refusal could not be recorded", name=name, error=error.message)
@@ -364,20 +285,17 @@ class Engine:
     @property
     def frozen(self) -> str | None:
         """Why nothing may be changed, or None."""
-        return self._frozen.message if self._frozen is not None else None
+        return self._journal.frozen.message if self._journal.frozen is not None else None
 
     def freeze(self, reason: str) -> None:
         """From now on nothing is changed: the log turned out not to be what it should."""
-        log.error("read-only from now on", reason=reason)
-        self._frozen = TunledgerError(ErrorCode.LOG_CORRUPT, reason)
+        self._journal.freeze(reason)
 
     def _refuse_if_closed(self) -> None:
-        if self._frozen is not None:
-            frozen = self._frozen
-            raise TunledgerError(frozen.code, f"read-only: {frozen.message}", retry=frozen.retry)
+        self._journal.refuse_if_frozen()
         if self._closing:
             raise TunledgerError(ErrorCode.SHUTTING_DOWN, "the service is stopping", retry=True)
-        if not self._trusted:
+        if not self._reconciling.trusted:
             raise TunledgerError(
                 ErrorCode.LOG_UNAVAILABLE,
                 "the service has not been able to look at the host yet; try again",
@@ -389,229 +307,29 @@ class Engine:
         keys: list[str] = [*names]
         if submission.request.via == "classic" and isinstance(submission.commands[0], cmd.DeclareInterface):
             keys.append("/classic")  # no interface can have this name: at most one is made by that API at a time
-        async with self._locked(keys):
+        async with self._locks.hold(keys):
             try:
-                intents = decide(self.state, submission, await self._survey(submission), self._clock.new_id)
+                intents = decide(self._journal.state, submission, await self._survey(submission), self._journal.new_id)
             except TunledgerError as refusal:
                 kind = type(submission.commands[0]).__name__ if len(names) == 1 else "Batch"
                 name = names[0] if len(names) == 1 else ""
                 await self.reject(refusal, name, kind, submission.actor, submission.command_id, submission.request)
                 raise
-            return await self._intend_and_finish(submission, intents, accepted)
-
-    async def _intend_and_finish(
-        self, submission: cmd.Submission, intents: Sequence[ev.Intent], accepted: "asyncio.Future[None] | None"
-    ) -> Answer:
-        """Append the intents, in one transaction, and bring them to their outcome. The names' locks are held."""
-        wanted = [self._wanted_by(intent) for intent in intents]
-        drafts = []
-        for intent in intents:
-            before = self.state.interfaces.get(intent.interface_id)
-            drafts.append(
-                self._draft(
-                    ev.interface_stream(intent.interface_id),
-                    intent,
-                    actor=submission.actor,
-                    command_id=submission.command_id,
-                    expected_version=before.version if before is not None else 0,
-                )
-            )
-        request, also = submission.request, None
-        if request.key:
-            also = answers.opened(
-                submission.actor, request.key, request.fingerprint, submission.command_id, self._clock.now()
-            )
-        failpoints.reach("engine.intent.before")
-        await self._append(drafts, also)
-        failpoints.reach("engine.intent.after")
-        if accepted is not None and not accepted.done():
-            accepted.set_result(None)
-        return await self._finish(
-            submission.command_id, submission.actor, request, wanted, "command", time.monotonic_ns()
-        )
+            return await self._finishing.intend_and_finish(submission, intents, accepted)
 
     async def _survey(self, submission: cmd.Submission) -> Host:
         """What the commands are judged against: who holds their names, and which networks others use."""
         names = tuple(cmd.target(command) for command in submission.commands)
         networks = any(_may_overlap(command) for command in submission.commands)
-        return await asyncio.wrap_future(self._applier.join(self._survey_each, (names, networks)))
-
-    def _survey_each(self, surveys: Sequence[Survey]) -> list[Host]:
-        """In the applier's thread: one look for all that wait."""
-        names = {name for names, _networks in surveys for name in names}
-        host = self._hands.kernel.survey(names, self.node, networks=any(networks for _names, networks in surveys))
-        return [Host(host.occupants, host.networks if networks else ()) for _names, networks in surveys]
-
-    async def _finish(
-        self,
-        command_id: CommandId,
-        actor: str,
-        request: cmd.Request,
-        wanted: Sequence[Wanted],
-        by: ev.FinishedBy,
-        started: int,
-    ) -> Answer:
-        """Bring the pending intents of one command to their outcome: all applied and verified, or all undone."""
-        created = {w.id: self.state.interfaces[w.id].spec is None for w in wanted}
-        results = await self._converge(wanted)
-        counted = self._counting.job(self._counting.let_go(results))  # at once: a later sample comes after these
-        failed = next((result for result in results if result.error is not None), None)
-        error = failed.error if failed is not None else None
-        undone = await self._undo(wanted) if error is not None else True
-        took_us = (time.monotonic_ns() - started) // 1000
-        drafts = [
-            self._draft(
-                ev.interface_stream(result.wanted.id),
-                _outcome(result, failed, by, took_us, undone=undone),
-                actor=actor,
-                command_id=command_id,
-            )
-            for result in results
-        ]
-        links = {result.wanted.id: result.link for result in results}
-
-        def finished() -> tuple[Finished, ...]:
-            return tuple(
-                Finished(w.name, w.id, created[w.id], self._after(w, error), links[w.id] if w.spec else None)
-                for w in wanted
-            )
-
-        told = finished()
-        jobs = [counted] if counted is not None else []
-        if request.key:
-            jobs.append(self._closed(actor, command_id, request, told, error))
-        failpoints.reach("engine.outcome.before")
-        try:
-            await self._append(drafts, _together(jobs))
-        except TunledgerError as trouble:
-            asyncio.get_running_loop().call_later(BACK_OFF_FIRST_S, self.look_again)
-            raise TunledgerError(
-                ErrorCode.OUTCOME_UNKNOWN,
-                f"command {command_id} was carried out, but its outcome could not be recorded yet: {trouble.message}; "
-                "it is finished as soon as the log can be written",
-                retry=True,
-            ) from trouble
-        failpoints.reach("engine.outcome.after")
-        names = [w.name for w in wanted]
-        if error is not None:
-            self.troubles.keep_only(self.state.interfaces)
-            if not undone:  # what is left is an orphan, or drift
-                asyncio.get_running_loop().call_later(BACK_OFF_FIRST_S, self.look_again)
-            log.warning("command failed", command_id=command_id, names=names, error=error.message)
-            if request.key:
-                return Answer(command_id, told, self._render(request, command_id, told, error))
-            raise error
-        for each in wanted:
-            self.troubles.forget(each.id)
-            if each.spec is None:
-                self._counting.book.forget(each.id)
-        if request.confirm_by:
-            self.wake.set()  # there is a deadline to watch
-        log.info("command applied", command_id=command_id, names=names, by=by, took_us=took_us)
-        reply = self._render(request, command_id, told, None) if request.key else None
-        return Answer(command_id, told, reply)
-
-    def _after(self, wanted: Wanted, error: TunledgerError | None) -> Interface | None:
-        """The interface as the outcome that is about to be recorded leaves it."""
-        interface = self.state.interfaces[wanted.id]
-        if error is not None:
-            return msgspec.structs.replace(interface, pending=None) if interface.spec is not None else None
-        if wanted.spec is None:
-            return None
-        generation = interface.generation + (wanted.spec != interface.spec)
-        return msgspec.structs.replace(interface, spec=wanted.spec, pending=None, generation=generation)
-
-    def _closed(
-        self,
-        actor: str,
-        command_id: CommandId,
-        request: cmd.Request,
-        finished: Sequence[Finished],
-        error: TunledgerError | None,
-    ) -> Job:
-        reply = self._render(request, command_id, finished, error)
-        return answers.closed(actor, request.key, request.fingerprint, command_id, self._clock.now(), reply)
-
-    async def _undo(self, wanted: Sequence[Wanted]) -> bool:
-        """Bring the host back to what it was before pending intents; whether that worked."""
-        failpoints.reach("engine.undo.before")
-        previous = [self._wanted(w.id, w.name, self.state.interfaces[w.id].spec) for w in wanted]
-        results = await self._converge(previous)
-        failpoints.reach("engine.undo.after")
-        for result in results:
-            if result.error is not None:
-                log.error("could not undo", name=result.wanted.name, error=result.error.message)
-                self._note_trouble(result.wanted.id, result.error)
-        return all(result.error is None for result in results)
-
-    async def _converge(self, wanted: Sequence[Wanted]) -> list[Result]:
-        try:
-            return await asyncio.wrap_future(self._applier.join(self._converge_each, wanted))
-        except TunledgerError as error:
-            return [Result(each, error=error) for each in wanted]
-
-    def _converge_each(self, orders: Sequence[Sequence[Wanted]]) -> list[list[Result]]:
-        """In the applier's thread: all that wait as one batch."""
-        return converge_each(self._hands, orders)
-
-    def _wanted_by(self, intent: ev.Intent) -> Wanted:
-        before = self.state.interfaces.get(intent.interface_id)
-        return self._wanted(intent.interface_id, intent.name, intended(intent, before), fresh=before is None)
-
-    async def _apply(self, job: Callable[[], Any]) -> Any:
-        return await asyncio.wrap_future(self._applier.run(job))
-
-    def _wanted(
-        self, interface_id: InterfaceId, name: InterfaceName, spec: InterfaceSpec | None, *, fresh: bool = False
-    ) -> Wanted:
-        return Wanted(Token(self.node, interface_id), name, spec, fresh)
+        return await self._applying.survey((names, networks))
 
     # -- reconciling
 
     async def start_up(self, started: ev.ServiceStarted) -> Summary:
         """Record the start, then bring the host to what the log says, and record the summary."""
         self._loop = asyncio.get_running_loop()
-        if self._frozen is not None:
-            return Summary()
-        begun = time.monotonic_ns()
-        failpoints.reach("engine.start_up.before")
-        settled = [i for i in self.state.interfaces.values() if i.pending is None]
-        looked = await self._look_at_all(settled)
-        _orphans, unheard = await self._undeclared(looked[0])
-        if unheard:
-            named = ", ".join(f"{link.name} (ifindex {link.ifindex})" for link in unheard)
-            self.freeze(
-                f"the log has never heard of {named}, which carry this node's token: it has lost its end, or is an "
-                "older copy. Nothing is changed. Restore the whole log; or, if this one is to count, remove them "
-                "(ip link delete) and restart"
-            )
-            return Summary()
-        again, self._trusted = self._trusted, True
-        await self._append([self._draft(ev.node_stream(self.node), started)])
-        failpoints.reach("engine.start_up.recorded")
-        if self._previous_boot is not None and self._previous_boot != self._boot_id:
-            cause = "reboot"
-        elif self._previous_stop is not None:
-            cause = "shutdown"
-        else:
-            cause = "unknown"
-        # On another try commands are taken already: then it is looked again, with their names' locks held.
-        summary = await self.reconcile(cause=cause, starting=True, looked=None if again else looked)
-        failpoints.reach("engine.start_up.reconciled")
-        body = ev.StartupReconciled(
-            took_us=(time.monotonic_ns() - begun) // 1000,
-            recreated=summary.recreated,
-            repaired=summary.repaired,
-            adopted=summary.adopted,
-            orphans_removed=summary.orphans_removed,
-            finished=summary.finished,
-            processing_resumed=summary.processing_resumed,
-            failed=summary.failed,
-        )
-        await self._append([self._draft(ev.node_stream(self.node), body)])
-        failpoints.reach("engine.start_up.after")
-        if self._news:
-            self.wake.set()
+        summary = await self._reconciling.start_up(started)
+        self._wakeups.wake_for_news()
         return summary
 
     async def work(self, *, everything: bool) -> None:
@@ -620,55 +338,26 @@ class Engine:
         Raises:
             TunledgerError: as `reconcile`.
         """
-        if not self._trusted:
+        if not self._reconciling.trusted:
             return
         await self.take_back_overdue()
-        causes = await self._touched()
+        causes = await self._wakeups.touched()
         if everything or causes is None:
-            self._everything_due = False
+            self._wakeups.everything_due = False
             await self.reconcile(causes=causes or {})
         elif causes:
             await self.reconcile(only=frozenset(causes), causes=causes)
 
     def look_again(self) -> None:
         """Have everything looked at soon."""
-        self._everything_due = True
-        self.wake.set()
+        self._wakeups.look_again()
 
     def heard(self) -> None:
         """From any thread: the monitor has news."""
-        self._news = True
+        self._wakeups.heard()
         loop = self._loop
         if loop is not None and not self._closing:
             loop.call_soon_threadsafe(self.wake.set)
-
-    async def _touched(self) -> dict[InterfaceId, str] | None:
-        """Interfaces to look at, with the cause where one is known; None if it may be any."""
-        known = self.state.interfaces
-        causes: dict[InterfaceId, str] = {}
-        if self._news:
-            self._news = False
-            try:
-                news: News = await self._apply(self._hands.monitor.take)  # there, where its own doing is settled by now
-            except TunledgerError:
-                self._news = True  # it tells again only once this was taken
-                raise
-            if news.lost:
-                log.warning("messages of the kernel were lost: everything is looked at")
-                self._everything_due = True
-            for ifindex, token in (*news.changed.items(), *news.gone.items()):
-                if token.node == self.node and token.interface_id in known:
-                    causes[token.interface_id] = news.moved.get(ifindex, "outside")
-            for name in news.names:
-                interface = self.state.find(name)
-                if interface is not None:
-                    causes.setdefault(interface.id, "outside")
-        for each in (*self._later, *self.troubles.due(time.monotonic())):
-            causes.setdefault(each, "outside")
-        self._later = {each for each in causes if self._is_busy(each)}
-        if self._everything_due:
-            return None
-        return {each: cause for each, cause in causes.items() if each in known and each not in self._later}
 
     async def reconcile(
         self,
@@ -676,64 +365,10 @@ class Engine:
         cause: str = "unknown",
         causes: Mapping[InterfaceId, str] | None = None,
         only: frozenset[InterfaceId] | None = None,
-        starting: bool = False,
-        looked: "tuple[Observed, list[Result]] | None" = None,
         asked: bool = False,
     ) -> Summary:
-        """Look at all interfaces (or some), and mend what differs. Those with a command under way are left to it.
-
-        Args:
-            cause: of what is found, where `causes` does not say.
-            starting: what is missing is made even where drift is only to be reported: a reboot is nobody's choice.
-            looked: a look at everything from just now, while nobody else could do anything.
-            asked: somebody wants it: drift that is only to be reported is mended too.
-
-        Raises:
-            TunledgerError: if the host could not be looked at, or what was found could not be recorded: then
-                nothing was changed either.
-        """
-        summary = Summary()
-        self.troubles.keep_only(i.id for i in self.state.interfaces.values() if i.pending is None)
-        if self._frozen is not None:
-            return summary
-        chosen = [i for i in self.state.interfaces.values() if only is None or i.id in only]
-        # Who asks waits for what is under way; it may be a look of our own that would not mend this.
-        free = chosen if asked else [i for i in chosen if not self._busy(i.name)]
-        async with self._locked([i.name for i in free]):
-            # What was free may have changed while the locks were taken.
-            present = [self.state.interfaces[i.id] for i in free if i.id in self.state.interfaces]
-            settled = [i for i in present if i.pending is None]
-            if only is not None:
-                wanted = [self._wanted(i.id, i.name, i.spec) for i in settled]
-                found: list[Result] = []
-                if wanted:
-                    found, _ = await self._apply(lambda: inspect(self._hands, wanted))
-            else:
-                pending = self._whole([i for i in present if i.pending is not None])
-                observed, found = looked if looked is not None else await self._look_at_all(settled)
-                if await self._remove_orphans(observed, summary) or pending:
-                    await self._recover(pending, summary)
-                    _, found = await self._look_at_all(settled)
-            await self._mend(found, cause, causes or {}, summary, starting=starting, asked=asked)
-        return summary
-
-    def _whole(self, pending: Sequence[Interface]) -> list[Interface]:
-        """Those whose commands are here with all of their interfaces: the others have to wait, and share one fate."""
-        known = Counter(_command_of(i) for i in self.state.interfaces.values() if i.pending is not None)
-        here = Counter(_command_of(i) for i in pending)
-        return [i for i in pending if here[_command_of(i)] == known[_command_of(i)]]
-
-    async def _look_at_all(self, interfaces: Sequence[Interface]) -> tuple[Observed, list[Result]]:
-        wanted = [self._wanted(i.id, i.name, i.spec) for i in interfaces]
-
-        def look_at_all() -> tuple[Observed, list[Result]]:
-            mark = self._hands.monitor.drain()
-            observed = self._hands.kernel.observe()
-            seen = sights(wanted, observed, self._hands.dataplane.attached(), self._hands.monitor)
-            return observed, compare(self._hands, mark, wanted, seen)
-
-        observed, results = await self._apply(look_at_all)
-        return observed, results
+        """Look at all interfaces (or some), and mend what differs. See `Reconciling.reconcile`."""
+        return await self._reconciling.reconcile(cause=cause, causes=causes, only=only, asked=asked)
 
     async def reconcile_now(self) -> Summary:
         """Reconcile because somebody asks: failed repairs are tried at once. Raises TunledgerError."""
@@ -761,209 +396,14 @@ class Engine:
             await asyncio.wrap_future(self._writer.run(job))
         return reply
 
-    async def _recover(self, interfaces: Sequence[Interface], summary: Summary) -> None:
-        """Finish intents that have no outcome yet; those of one command together."""
-        commands: dict[CommandId, list[Interface]] = {}
-        for interface in interfaces:
-            assert interface.pending is not None
-            commands.setdefault(interface.pending.command_id, []).append(interface)
-        for command_id, group in commands.items():
-            pending = group[0].pending
-            assert pending is not None
-            wanted = [self._wanted(i.id, i.name, i.wanted) for i in group]
-            names = [i.name for i in group]
-            failpoints.reach("engine.recover.before")
-            try:
-                await self._finish(command_id, pending.actor, pending.request, wanted, "recovery", time.monotonic_ns())
-                failpoints.reach("engine.recover.after")
-                summary.finished += names
-            except TunledgerError as error:
-                log.error("a pending command failed", command_id=command_id, names=names, error=error.message)
-                summary.failed += names
-
-    async def _mend(
-        self,
-        results: Sequence[Result],
-        cause: str,
-        causes: Mapping[InterfaceId, str],
-        summary: Summary,
-        *,
-        starting: bool,
-        asked: bool,
-    ) -> None:
-        """Record what differs, mend what is due, and record what came of it. The names' locks are held."""
-        now, stamp = time.monotonic(), self._clock.now()
-        before = copy.deepcopy(self.troubles)
-        due: list[Result] = []
-        drafts: list[ev.Draft] = []
-        drifted: list[str] = []
-        for result in results:
-            wanted = result.wanted
-            if not result.found:
-                summary.adopted.append(wanted.name)
-                drafts += self._agreed(wanted, now)
-                continue
-            own = _own_part(result, starting=starting, asked=asked)
-            if own is None:
-                told = self.troubles.reported(wanted.id, result.found, stamp)
-            elif not self.troubles.is_due(wanted.id, now):
-                self.troubles.waits(wanted.id)
-                continue
-            else:
-                due.append(own)
-                told = not self.troubles.is_failing(wanted.id)
-            if told:
-                drafts.append(self._drift(result, causes.get(wanted.id, cause)))
-                drifted.append(wanted.name)
-        if drifted:
-            found = "; ".join(str(d) for result in results if result.found for d in result.found[:SHOWN_MAX])
-            log.warning("drift", names=few(drifted), cause=cause, found=found[:LINE_MAX])
-        failpoints.reach("engine.drift.before")
-        try:
-            await self._append(drafts)
-        except TunledgerError:
-            self.troubles = before  # what could not be told is news still
-            raise
-        failpoints.reach("engine.drift.after")
-        if not due:
-            return
-        begun = time.monotonic_ns()
-        chosen = [result.wanted for result in due]
-        # What was just looked at is not looked at again: each change is checked at its last moment, and verified.
-        seen = {result.wanted.id: result.sight for result in due}
-        mended: list[Result] = await self._apply(lambda: converge(self._hands, chosen, seen))
-        took_us = (time.monotonic_ns() - begun) // 1000
-        drafts = []
-        for found_first, result in zip(due, mended, strict=True):
-            drafts += self._mended(found_first, result, took_us, summary)
-        done = [result.wanted.name for result in mended if result.error is None]
-        if done:
-            steps = "; ".join(str(step) for result in mended for step in result.steps[:SHOWN_MAX])
-            log.info("repaired", names=few(done), steps=steps[:LINE_MAX])
-        failpoints.reach("engine.mended.before")
-        await self._append(drafts, self._counting.job(self._counting.let_go(mended)))
-        failpoints.reach("engine.mended.after")
-
-    def _agreed(self, wanted: Wanted, now: float) -> list[ev.Draft]:
-        """What to record of an interface that is as wanted: that a trouble is over."""
-        if wanted.id not in self.troubles:
-            return []
-        over, quiet_s = self.troubles.agreed(wanted.id, now)
-        stream, drafts = ev.interface_stream(wanted.id), list[ev.Draft]()
-        if over:
-            drafts.append(self._draft(stream, ev.DriftEnded(interface_id=wanted.id, name=wanted.name)))
-        if quiet_s:
-            log.info("contested no more", name=wanted.name, quiet_s=quiet_s)
-            ended = ev.ContestEnded(interface_id=wanted.id, name=wanted.name, quiet_s=quiet_s)
-            drafts.append(self._draft(stream, ended))
-        return drafts
-
-    def _drift(self, result: Result, cause: str) -> ev.Draft:
-        body = ev.DriftDetected(
-            interface_id=result.wanted.id,
-            name=result.wanted.name,
-            cause=cause,
-            differences=[difference.to_json() for difference in result.found],
-        )
-        return self._draft(ev.interface_stream(result.wanted.id), body)
-
-    def _mended(self, found: Result, result: Result, took_us: int, summary: Summary) -> list[ev.Draft]:
-        """What to record of one repair: it worked, or it failed in a way not recorded yet."""
-        wanted, stream = result.wanted, ev.interface_stream(result.wanted.id)
-        body: ev.Event
-        if result.error is None:
-            steps = [str(step) for step in result.steps]
-            (summary.recreated if found.link is None else summary.repaired).append(wanted.name)
-            if wanted.spec is not None and wanted.spec.processing.running and _starts(result):
-                summary.processing_resumed.append(wanted.name)
-            body = ev.DriftRepaired(interface_id=wanted.id, name=wanted.name, steps=steps, took_us=took_us)
-            drafts = [self._draft(stream, body)]
-            others = tuple(d for d in found.found if not d.path.endswith(".processing.running"))
-            repairs = self.troubles.repaired(wanted.id, others, time.monotonic(), self._clock.now())
-            if repairs:
-                log.warning("contested: repairs slow down", name=wanted.name, found="; ".join(map(str, others)))
-                contested = ev.InterfaceContested(
-                    interface_id=wanted.id,
-                    name=wanted.name,
-                    repairs=repairs,
-                    within_s=round(CONTEST_WITHIN_S),
-                    differences=[difference.to_json() for difference in others],
-                )
-                drafts.append(self._draft(stream, contested))
-            return drafts
-        summary.failed.append(wanted.name)
-        if not self._note_trouble(wanted.id, result.error):
-            return []
-        log.error("repair failed", name=wanted.name, error=result.error.message)
-        body = ev.RepairFailed(
-            interface_id=wanted.id,
-            name=wanted.name,
-            code=result.error.code.value,
-            message=result.error.message,
-            errno=result.error.errno_name,
-        )
-        return [self._draft(stream, body)]
-
     def complain(self, what: str) -> None:
         """Have something that must not happen said by `health` from now on."""
         log.error(what)
         self._complaints.append(what)
 
-    def _note_trouble(self, interface_id: InterfaceId, error: TunledgerError) -> bool:
-        """Remember a failure and when to try again; whether it is another one than last time."""
-        return self.troubles.failed(interface_id, error, time.monotonic(), self._clock.now())
-
-    async def _remove_orphans(self, observed: Observed, summary: Summary) -> bool:
-        """Remove links that carry our token and that nothing declares: what a crash or an older state left behind.
-
-        Returns:
-            Whether there were any.
-        """
-        orphans, unheard = await self._undeclared(observed)
-        said = {link.name: f"{link.name} carries our token, but the log has never heard of it" for link in unheard}
-        for name in said.keys() - self._unheard.keys():
-            log.warning("a link carries our token, and the log has never heard of it: left alone", name=name)
-        self._unheard = said
-        if not orphans:
-            return False
-        failpoints.reach("engine.orphans.before")
-        removed: list[ObservedLink] = []
-        for link, error in await self._apply(lambda: remove_orphans(self._hands, orphans)):
-            if error is not None:
-                log.error("an orphan could not be removed", name=link.name, error=error.message)
-                summary.failed.append(link.name)
-            else:
-                removed.append(link)
-        names: list[str] = [link.name for link in removed]
-        log.info("orphans removed", names=few(names))
-        summary.orphans_removed += names
-        failpoints.reach("engine.orphans.removed")
-        drafts = []
-        for link in removed:
-            assert link.token is not None
-            body = ev.OrphanRemoved(interface_id=link.token.interface_id, name=link.name, ifindex=link.ifindex)
-            drafts.append(self._draft(ev.interface_stream(link.token.interface_id), body))
-        await self._append(drafts)
-        failpoints.reach("engine.orphans.after")
-        return True
-
-    async def _undeclared(self, observed: Observed) -> tuple[list[ObservedLink], list[ObservedLink]]:
-        """Links with our token that nothing declares now: orphans, which the log once declared, and those that it has
-        never heard of. A create is in the log before the kernel acts: the latter say that the log lost its end, or that
-        somebody wrote our mark on a link of his own. They are not ours to remove.
-        """
-        bearers = observed.by_interface(self.node)
-        suspects = {each: link for each, link in bearers.items() if each not in self.state.interfaces}
-        if not suspects:
-            return [], []
-        known = await asyncio.to_thread(self._knows, list(suspects))  # after the look: a new one is in the log by now
-        orphans = [link for each, link in suspects.items() if each in known and each not in self.state.interfaces]
-        return orphans, [link for each, link in suspects.items() if each not in known]
-
     def next_retry_s(self) -> float | None:
         """Seconds until the next repair that failed is due again; None if there is none."""
-        due = self.troubles.next_try() if self._frozen is None else None
-        return max(0.0, due - time.monotonic()) if due is not None else None
+        return self._wakeups.next_retry_s()
 
     def retry_in_s(self, interface_id: InterfaceId) -> float | None:
         """Seconds until a repair of this interface is tried again; None if none is to be."""
@@ -990,7 +430,7 @@ class Engine:
         try:
             body = ev.WorkerExited(worker=worker, pid=pid, status=status, devices=names)
             counted = self._counting.job([self._counting.book.take(reading) for reading in last])
-            await self._append([self._draft(ev.node_stream(self.node), body)], counted)
+            await self._journal.append([self._journal.of_node(body)], counted)
             failpoints.reach("engine.worker_exit.recorded")
             await self.reconcile(cause="worker_exit", only=lost)
             failpoints.reach("engine.worker_exit.after")
@@ -1010,7 +450,7 @@ class Engine:
         Raises:
             TunledgerError: the kernel's or the log's refusal.
         """
-        if self._frozen is None:
+        if self._journal.frozen is None:
             await self._counting.sample(self._names, at_most_every_s=at_most_every_s)
 
     def _names(self) -> dict[InterfaceId, str]:
@@ -1024,10 +464,7 @@ class Engine:
 
     async def observe_all(self, interfaces: Sequence[Interface]) -> dict[InterfaceId, Sight]:
         """What there is of these interfaces now."""
-        wanted = [self._wanted(i.id, i.name, i.wanted) for i in interfaces]
-        seen, _ = await self._apply(lambda: look(self._hands, wanted))
-        found: dict[InterfaceId, Sight] = seen
-        return found
+        return await self._applying.observe(interfaces)
 
     async def drift(self) -> list[tuple[Interface, tuple[Difference, ...], tuple[Step, ...], TunledgerError | None]]:
         """What differs now, interface by interface, with the steps that would mend it; nothing is changed."""
@@ -1054,14 +491,14 @@ class Engine:
     def health(self) -> list[str]:
         """What is wrong, in words; empty when commands can be taken."""
         found = []
-        if self._frozen is not None:
-            found.append(f"read-only: {self._frozen.message}")
+        if self._journal.frozen is not None:
+            found.append(f"read-only: {self._journal.frozen.message}")
         trouble = self._writer.trouble()
         if trouble is not None:
             found.append(f"the log cannot be written: {trouble}")
         found += [words for words in (self._obstacle(), self.stumbled, self.miscounted) if words is not None]
         found += self._complaints
-        found += self._unheard.values()
+        found += self._orphans.complaints()
         deaf = self._hands.monitor.trouble()
         if deaf is not None:
             found.append(deaf)
@@ -1079,7 +516,7 @@ class Engine:
         self._closing = True
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._frozen is not None:
+        if self._journal.frozen is not None:
             return
         failpoints.reach("engine.stop.before")
         try:
@@ -1089,19 +526,19 @@ class Engine:
         failpoints.reach("engine.stop.sampled")
         try:
             stopped = ev.ServiceStopped(pid=pid, reason=reason, interfaces=interfaces)
-            await self._append([self._draft(ev.node_stream(self.node), stopped)])
+            await self._journal.append([self._journal.of_node(stopped)])
         except TunledgerError as error:
             # What the log cannot say must not be done: the interfaces stay.
             log.error("the stop could not be recorded; interfaces are kept", error=error.message)
             return
         failpoints.reach("engine.stop.recorded")
         settled = [i for i in self.state.interfaces.values() if i.pending is None and i.spec is not None]
-        wanted = [self._wanted(i.id, i.name, _at_rest(i.spec, interfaces)) for i in settled]
+        wanted = [self._applying.wanted(i.id, i.name, _at_rest(i.spec, interfaces)) for i in settled]
         if not wanted:
             return
         try:
-            results: list[Result] = await self._apply(lambda: converge(self._hands, wanted))
-            await self._append([], self._counting.job(self._counting.let_go(results)))
+            results = await self._applying.run(lambda: converge(self._hands, wanted))
+            await self._journal.append([], self._counting.job(self._counting.let_go(results)))
         except TunledgerError as error:
             log.error("could not clean up", error=error.message)
             return
@@ -1119,36 +556,6 @@ class Engine:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _busy(self, name: str) -> bool:
-        lock = self._locks.get(name)
-        return lock is not None and lock.locked()
-
-    def _is_busy(self, interface_id: InterfaceId) -> bool:
-        interface = self.state.interfaces.get(interface_id)
-        return interface is not None and self._busy(interface.name)
-
-    @asynccontextmanager
-    async def _locked(self, keys: Sequence[str]) -> AsyncIterator[None]:
-        """Hold the locks of these names, taken in order so that nobody waits in a circle."""
-        held: list[tuple[str, asyncio.Lock]] = []
-        try:
-            for key in sorted(set(keys)):
-                lock = self._locks.setdefault(key, asyncio.Lock())
-                await lock.acquire()
-                held.append((key, lock))
-            yield
-        finally:
-            for key, lock in held:
-                lock.release()
-                if not lock.locked() and not _awaited(lock):
-                    self._locks.pop(key, None)
-            if held and self._later:
-                self.wake.set()  # somebody changed what was under way
-
-
-def _command_of(interface: Interface) -> CommandId | None:
-    return interface.pending.command_id if interface.pending is not None else None
-
 
 def _heard(task: "asyncio.Task[Any]") -> None:
     """Nobody waits for what becomes of it: it is in the log."""
@@ -1156,72 +563,11 @@ def _heard(task: "asyncio.Task[Any]") -> None:
         task.exception()
 
 
-def _awaited(lock: asyncio.Lock) -> bool:
-    return bool(getattr(lock, "_waiters", None))
-
-
 def _at_rest(spec: InterfaceSpec | None, interfaces: str) -> InterfaceSpec | None:
     """What an interface is to be while the service is away: gone, or there with nobody reading it."""
     if interfaces == "remove" or spec is None:
         return None
     return msgspec.structs.replace(spec, processing=msgspec.structs.replace(spec.processing, running=False))
-
-
-def _own_part(result: Result, *, starting: bool, asked: bool) -> Result | None:
-    """What of the drift is to be mended: all of it; or, where drift is only to be reported, what our own workers are
-    to do, if that is all; else None.
-    """
-    wanted, link = result.wanted, result.link
-    if wanted.spec is None or wanted.spec.drift is not Drift.REPORT or asked or (starting and link is None):
-        return result
-    if link is None:
-        return None
-    left = replace(wanted, spec=leave_be(wanted.spec, link))
-    found = differences(wanted.token, wanted.name, left.spec, result.sight)
-    ours = tuple(d for d in found if d.path == f"{wanted.name}.processing.running")
-    return replace(result, wanted=left, found=found) if found and ours == found else None
-
-
-def _starts(result: Result) -> bool:
-    return any(isinstance(step, StartProcessing) for step in result.steps)
-
-
-def _outcome(result: Result, failed: Result | None, by: ev.FinishedBy, took_us: int, *, undone: bool) -> ev.Outcome:
-    """The outcome for one interface of a command; where one fails, all fail with its reason."""
-    wanted = result.wanted
-    if failed is None:
-        return ev.CommandApplied(
-            interface_id=wanted.id,
-            name=wanted.name,
-            by=by,
-            took_us=took_us,
-            steps=[str(step) for step in result.steps],
-        )
-    error = failed.error
-    assert error is not None
-    because = "" if failed is result else f"undone, because {failed.wanted.name} failed: "
-    return ev.CommandFailed(
-        interface_id=wanted.id,
-        name=wanted.name,
-        by=by,
-        took_us=took_us,
-        code=error.code.value,
-        message=because + error.message,
-        errno=error.errno_name,
-        undone=undone,
-    )
-
-
-def _together(jobs: Sequence[Job]) -> Job | None:
-    """Several jobs as one."""
-    if not jobs:
-        return None
-
-    def write(connection: Any) -> None:
-        for job in jobs:
-            job(connection)
-
-    return write
 
 
 def _may_overlap(command: cmd.Command) -> bool:

@@ -182,6 +182,11 @@ class Troubles:
         for each in (self._failing, self._contests, self._reported, self._repairs):
             each.pop(interface_id, None)
 
+    def put_back(self, before: "Troubles") -> None:
+        """Be again what it was: what was noted since could not be told, and is news still."""
+        self._failing, self._contests = before._failing, before._contests
+        self._reported, self._repairs = before._reported, before._repairs
+
     def keep_only(self, known: Iterable[InterfaceId]) -> None:
         """Forget all others: nobody waits for the repair of what is not declared any more."""
         kept = set(known)

@@ -193,7 +193,7 @@ async def test_commands_on_one_interface_follow_each_other(tmp_path: Path) -> No
         await asyncio.gather(*(rig.change({"mtu": 1300 + number}) for number in range(20)))
         assert len(rig.of(ev.InterfaceReconfigured)) == 20
         assert_settled(rig)
-        assert rig.engine._locks == {}, "locks of nobody are kept"
+        assert len(rig.engine._locks) == 0, "locks of nobody are kept"
 
 
 async def test_the_same_name_at_once_is_made_once(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ async def test_a_take_back_waits_for_a_pending_intent_and_never_comes_upon_it(
 
         monkeypatch.setattr(rig.writer, "append", full_at_second)
         await rig.engine.take_back_overdue()
-        monkeypatch.setattr(rig.engine, "_take_backs", {})
+        monkeypatch.setattr(rig.engine._deadlines, "_take_backs", {})
         await rig.engine.take_back_overdue()
         assert len(rig.of(ev.InterfaceReconfigured)) == 2, "a second take-back was recorded upon the first"
         await rig.engine.reconcile()
@@ -554,7 +554,7 @@ async def test_a_batch_is_finished_whole_or_not_yet(tmp_path: Path, monkeypatch:
             patched.setattr(rig.writer, "append", refuse_outcomes)
             with pytest.raises(TunledgerError):
                 await rig.engine.submit(cmd.Submission(batch, CommandId("c1"), "uid:0", request))
-        async with rig.engine._locked(["tun0"]):  # as a request on it does that is being refused
+        async with rig.engine._locks.hold(["tun0"]):  # as a request on it does that is being refused
             await rig.engine.reconcile()
             assert rig.of(ev.CommandApplied, ev.CommandFailed) == []
         await rig.engine.reconcile()

@@ -1,0 +1,85 @@
+"""What the engine has done on the host: each in the applier's thread, and awaited here.
+
+Commands that wait at the same time are surveyed for in one look and converged in one batch. How that is done is
+`converge`'s; what is to be done, and what of it is recorded, does not belong in here either.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from service.domain.errors import TunledgerError
+from service.domain.observed import Host, Observed
+from service.domain.plan import Sight
+from service.domain.spec import InterfaceSpec
+from service.domain.state import Interface
+from service.domain.token import Token
+from service.domain.values import InterfaceId, InterfaceName, NodeId
+from service.reconcile.applier import Applier
+from service.reconcile.converge import Result, Wanted, compare, converge_each, inspect, look, sights
+from service.reconcile.hands import Hands
+
+Survey = tuple[tuple[InterfaceName, ...], bool]  # names, and whether the networks in use are wanted too
+T = TypeVar("T")
+
+
+class Applying:
+    """For the event loop's thread. What goes wrong is a TunledgerError."""
+
+    def __init__(self, *, node: NodeId, applier: Applier, hands: Hands) -> None:
+        self.hands = hands
+        self._node, self._applier = node, applier
+
+    async def run(self, job: Callable[[], T]) -> T:
+        """Do something in the applier's thread."""
+        return await asyncio.wrap_future(self._applier.run(job))
+
+    def wanted(
+        self, interface_id: InterfaceId, name: InterfaceName, spec: InterfaceSpec | None, *, fresh: bool = False
+    ) -> Wanted:
+        """One interface as it shall be; see `Wanted`."""
+        return Wanted(Token(self._node, interface_id), name, spec, fresh)
+
+    async def survey(self, survey: Survey) -> Host:
+        """Who holds some names, and which networks others use."""
+        return await asyncio.wrap_future(self._applier.join(self._survey_each, survey))
+
+    def _survey_each(self, surveys: Sequence[Survey]) -> list[Host]:
+        """In the applier's thread: one look for all that wait."""
+        names = {name for names, _networks in surveys for name in names}
+        host = self.hands.kernel.survey(names, self._node, networks=any(networks for _names, networks in surveys))
+        return [Host(host.occupants, host.networks if networks else ()) for _names, networks in surveys]
+
+    async def converge(self, wanted: Sequence[Wanted]) -> list[Result]:
+        """Bring interfaces to what is wanted of them, in one batch with all that waits; errors are in the results."""
+        try:
+            return await asyncio.wrap_future(self._applier.join(self._converge_each, wanted))
+        except TunledgerError as error:
+            return [Result(each, error=error) for each in wanted]
+
+    def _converge_each(self, orders: Sequence[Sequence[Wanted]]) -> list[list[Result]]:
+        """In the applier's thread: all that wait as one batch."""
+        return converge_each(self.hands, orders)
+
+    async def inspect(self, wanted: Sequence[Wanted]) -> list[Result]:
+        """What differs of these interfaces now."""
+        found, _ = await self.run(lambda: inspect(self.hands, wanted))
+        return found
+
+    async def look_at_all(self, interfaces: Sequence[Interface]) -> tuple[Observed, list[Result]]:
+        """All that there is on the host, and what differs of these interfaces."""
+        wanted = [self.wanted(i.id, i.name, i.spec) for i in interfaces]
+
+        def look_at_all() -> tuple[Observed, list[Result]]:
+            mark = self.hands.monitor.drain()
+            observed = self.hands.kernel.observe()
+            seen = sights(wanted, observed, self.hands.dataplane.attached(), self.hands.monitor)
+            return observed, compare(self.hands, mark, wanted, seen)
+
+        return await self.run(look_at_all)
+
+    async def observe(self, interfaces: Sequence[Interface]) -> dict[InterfaceId, Sight]:
+        """What there is of these interfaces now."""
+        wanted = [self.wanted(i.id, i.name, i.wanted) for i in interfaces]
+        seen, _ = await self.run(lambda: look(self.hands, wanted))
+        return seen

@@ -1,0 +1,87 @@
+"""Links that carry our token and that nothing declares now.
+
+Orphans, which the log once declared, are removed. A create is in the log before the kernel acts: one that the log has
+never heard of says that the log lost its end, or that somebody wrote our mark on a link of his own. Such are left alone
+and told of. Links of declared interfaces are not looked at here.
+"""
+
+import asyncio
+from collections.abc import Callable, Collection
+
+import structlog
+
+from service import failpoints
+from service.domain import events as ev
+from service.domain.observed import Observed, ObservedLink
+from service.domain.values import InterfaceId
+from service.reconcile.applying import Applying
+from service.reconcile.converge import remove_orphans
+from service.reconcile.journal import Journal
+from service.reconcile.summary import Summary, few
+
+log = structlog.get_logger("tunledger.engine")
+
+
+class Orphans:
+    """For the event loop's thread.
+
+    Args:
+        knows: which of these interface ids the log has ever declared. May block; it is called in a thread.
+    """
+
+    def __init__(
+        self, *, journal: Journal, applying: Applying, knows: Callable[[Collection[InterfaceId]], set[InterfaceId]]
+    ) -> None:
+        self._journal, self._applying, self._knows = journal, applying, knows
+        self._unheard: dict[str, str] = {}  # links with our token that the log knows nothing of, and what to say
+
+    def complaints(self) -> list[str]:
+        """What there is that should not be, in words."""
+        return list(self._unheard.values())
+
+    async def remove(self, observed: Observed, summary: Summary) -> bool:
+        """Remove links that carry our token and that nothing declares: what a crash or an older state left behind.
+
+        Returns:
+            Whether there were any.
+        """
+        orphans, unheard = await self.undeclared(observed)
+        said = {link.name: f"{link.name} carries our token, but the log has never heard of it" for link in unheard}
+        for name in said.keys() - self._unheard.keys():
+            log.warning("a link carries our token, and the log has never heard of it: left alone", name=name)
+        self._unheard = said
+        if not orphans:
+            return False
+        failpoints.reach("engine.orphans.before")
+        removed: list[ObservedLink] = []
+        for link, error in await self._applying.run(lambda: remove_orphans(self._applying.hands, orphans)):
+            if error is not None:
+                log.error("an orphan could not be removed", name=link.name, error=error.message)
+                summary.failed.append(link.name)
+            else:
+                removed.append(link)
+        names: list[str] = [link.name for link in removed]
+        log.info("orphans removed", names=few(names))
+        summary.orphans_removed += names
+        failpoints.reach("engine.orphans.removed")
+        drafts = []
+        for link in removed:
+            assert link.token is not None
+            body = ev.OrphanRemoved(interface_id=link.token.interface_id, name=link.name, ifindex=link.ifindex)
+            drafts.append(self._journal.draft(ev.interface_stream(link.token.interface_id), body))
+        await self._journal.append(drafts)
+        failpoints.reach("engine.orphans.after")
+        return True
+
+    async def undeclared(self, observed: Observed) -> tuple[list[ObservedLink], list[ObservedLink]]:
+        """Links with our token that nothing declares now: orphans, which the log once declared, and those that it has
+        never heard of.
+        """
+        bearers = observed.by_interface(self._journal.node)
+        suspects = {each: link for each, link in bearers.items() if each not in self._journal.state.interfaces}
+        if not suspects:
+            return [], []
+        known = await asyncio.to_thread(self._knows, list(suspects))  # after the look: a new one is in the log by now
+        declared = self._journal.state.interfaces  # others by now, perhaps
+        orphans = [link for each, link in suspects.items() if each in known and each not in declared]
+        return orphans, [link for each, link in suspects.items() if each not in known]
