@@ -34,8 +34,8 @@ from service.domain.counters import Book, worker_reading
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.values import InterfaceId, NodeId
 from service.kernel import peer
-from service.kernel.linux import LinuxKernel
 from service.kernel.monitor import Monitor
+from service.kernel.namespaces import host_kernel
 from service.kernel.netlink import warm_up
 from service.reconcile.applier import Applier
 from service.reconcile.engine import Engine
@@ -256,7 +256,7 @@ class _Service:
         )
         applier = Applier()
         monitor = Monitor(on_news, cares=is_wanted)
-        kernel = LinuxKernel(vouched=monitor.vouches)
+        kernel = host_kernel(vouched=monitor.vouches, attend=monitor.attend)
         engine = Engine(
             node=opened.node,
             state=opened.log.past.state,

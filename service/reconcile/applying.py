@@ -19,7 +19,7 @@ from service.reconcile.applier import Applier
 from service.reconcile.converge import Result, Wanted, compare, converge_each, inspect, look, sights
 from service.reconcile.hands import Hands
 
-Survey = tuple[tuple[InterfaceName, ...], bool]  # names, and whether the networks in use are wanted too
+Survey = tuple[tuple[str, ...], bool]  # keys of links, and whether the networks in use are wanted too
 T = TypeVar("T")
 
 
@@ -35,10 +35,16 @@ class Applying:
         return await asyncio.wrap_future(self._applier.run(job))
 
     def wanted(
-        self, interface_id: InterfaceId, name: InterfaceName, spec: InterfaceSpec | None, *, fresh: bool = False
+        self,
+        interface_id: InterfaceId,
+        name: InterfaceName,
+        spec: InterfaceSpec | None,
+        *,
+        fresh: bool = False,
+        netns: str | None = None,
     ) -> Wanted:
-        """One interface as it shall be; see `Wanted`."""
-        return Wanted(Token(self._node, interface_id), name, spec, fresh)
+        """One interface as it shall be; see `Wanted`. `netns` says where to look for one that shall be gone."""
+        return Wanted(Token(self._node, interface_id), name, spec, fresh, netns if spec is None else spec.netns)
 
     async def survey(self, survey: Survey) -> Host:
         """Who holds some names, and which networks others use."""
@@ -46,9 +52,9 @@ class Applying:
 
     def _survey_each(self, surveys: Sequence[Survey]) -> list[Host]:
         """In the applier's thread: one look for all that wait."""
-        names = {name for names, _networks in surveys for name in names}
-        host = self.hands.kernel.survey(names, self._node, networks=any(networks for _names, networks in surveys))
-        return [Host(host.occupants, host.networks if networks else ()) for _names, networks in surveys]
+        keys = {key for keys, _networks in surveys for key in keys}
+        host = self.hands.kernel.survey(keys, self._node, networks=any(networks for _keys, networks in surveys))
+        return [Host(host.occupants, host.networks if networks else (), host.closed) for _keys, networks in surveys]
 
     async def converge(self, wanted: Sequence[Wanted]) -> list[Result]:
         """Bring interfaces to what is wanted of them, in one batch with all that waits; errors are in the results."""
@@ -80,6 +86,6 @@ class Applying:
 
     async def observe(self, interfaces: Sequence[Interface]) -> dict[InterfaceId, Sight]:
         """What there is of these interfaces now."""
-        wanted = [self.wanted(i.id, i.name, i.wanted) for i in interfaces]
+        wanted = [self.wanted(i.id, i.name, i.wanted, netns=i.netns) for i in interfaces]
         seen, _ = await self.run(lambda: look(self.hands, wanted))
         return seen

@@ -2,7 +2,8 @@
 
 Orphans, which the log once declared, are removed. A create is in the log before the kernel acts: one that the log has
 never heard of says that the log lost its end, or that somebody wrote our mark on a link of his own. Such are left alone
-and told of. Links of declared interfaces are not looked at here.
+and told of. Of declared interfaces there is only one thing here: a second link, left behind in another network
+namespace by whoever moved it there.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ import structlog
 
 from service import failpoints
 from service.domain import events as ev
-from service.domain.observed import Observed, ObservedLink
+from service.domain.observed import Observed, ObservedLink, link_key
 from service.domain.values import InterfaceId
 from service.reconcile.applying import Applying
 from service.reconcile.converge import remove_orphans
@@ -46,7 +47,7 @@ class Orphans:
             Whether there were any.
         """
         orphans, unheard = await self.undeclared(observed)
-        said = {link.name: f"{link.name} carries our token, but the log has never heard of it" for link in unheard}
+        said = {link.key: f"{link.key} carries our token, but the log has never heard of it" for link in unheard}
         for name in said.keys() - self._unheard.keys():
             log.warning("a link carries our token, and the log has never heard of it: left alone", name=name)
         self._unheard = said
@@ -56,11 +57,11 @@ class Orphans:
         removed: list[ObservedLink] = []
         for link, error in await self._applying.run(lambda: remove_orphans(self._applying.hands, orphans)):
             if error is not None:
-                log.error("an orphan could not be removed", name=link.name, error=error.message)
-                summary.failed.append(link.name)
+                log.error("an orphan could not be removed", name=link.key, error=error.message)
+                summary.failed.append(link.key)
             else:
                 removed.append(link)
-        names: list[str] = [link.name for link in removed]
+        names: list[str] = [link.key for link in removed]
         log.info("orphans removed", names=few(names))
         summary.orphans_removed += names
         failpoints.reach("engine.orphans.removed")
@@ -78,10 +79,28 @@ class Orphans:
         never heard of.
         """
         bearers = observed.by_interface(self._journal.node)
+        strays = self._strays(observed)
         suspects = {each: link for each, link in bearers.items() if each not in self._journal.state.interfaces}
         if not suspects:
-            return [], []
+            return strays, []
         known = await asyncio.to_thread(self._knows, list(suspects))  # after the look: a new one is in the log by now
         declared = self._journal.state.interfaces  # others by now, perhaps
         orphans = [link for each, link in suspects.items() if each in known and each not in declared]
-        return orphans, [link for each, link in suspects.items() if each not in known]
+        return [*strays, *orphans], [link for each, link in suspects.items() if each not in known]
+
+    def _strays(self, observed: Observed) -> list[ObservedLink]:
+        """Links with the token of a declared interface in a network namespace where that is not wanted, while it has
+        its own link where it is. One that has none is `plan`'s to replace.
+        """
+        found = []
+        for link in observed.links.values():
+            token = link.token
+            if token is None or token.node != self._journal.node:
+                continue
+            interface = self._journal.state.interfaces.get(token.interface_id)
+            if interface is None or interface.pending is not None or interface.netns == link.netns:
+                continue
+            own = observed.links.get(link_key(interface.netns, interface.name))
+            if own is not None and own.token == token:
+                found.append(link)
+        return found
