@@ -128,7 +128,7 @@ class Observed:
 
 
 def one_each(links: Iterable[ObservedLink], node: str, keys: Mapping[InterfaceId, str]) -> list[ObservedLink]:
-    """The link of each declared interface: the one under its key, else the oldest that bears its token.
+    """The link of each declared interface: the one under its key, else the oldest there that bears its token.
 
     A token can be copied onto a second link by whoever may set an alias; that one is then nobody's.
 
@@ -141,6 +141,8 @@ def one_each(links: Iterable[ObservedLink], node: str, keys: Mapping[InterfaceId
         if token is None or token.node != node or token.interface_id not in keys:
             continue
         known, key = found.get(token.interface_id), keys[token.interface_id]
+        if link.netns != parted_key(key)[0]:
+            continue
         if known is None or link.key == key or (known.key != key and link.ifindex < known.ifindex):
             found[token.interface_id] = link
     return list(found.values())

@@ -6,6 +6,7 @@ Commands that wait at the same time are surveyed for in one look and converged i
 
 import asyncio
 from collections.abc import Callable, Sequence
+from types import EllipsisType
 from typing import TypeVar
 
 from service.domain.errors import TunledgerError
@@ -29,6 +30,7 @@ class Applying:
     def __init__(self, *, node: NodeId, applier: Applier, hands: Hands) -> None:
         self.hands = hands
         self._node, self._applier = node, applier
+        self._formerly: dict[InterfaceId, frozenset[str | None]] = {}
 
     async def run(self, job: Callable[[], T]) -> T:
         """Do something in the applier's thread."""
@@ -42,9 +44,23 @@ class Applying:
         *,
         fresh: bool = False,
         netns: str | None = None,
+        before: str | EllipsisType | None = ...,
     ) -> Wanted:
-        """One interface as it shall be; see `Wanted`. `netns` says where to look for one that shall be gone."""
-        return Wanted(Token(self._node, interface_id), name, spec, fresh, netns if spec is None else spec.netns)
+        """One interface as it shall be; see `Wanted`.
+
+        Args:
+            netns: where to look for one that shall be gone.
+            before: the network namespace that it is in until now, if it is in any; remembered from then on.
+        """
+        netns = netns if spec is None else spec.netns
+        if before is not ... and before != netns:
+            self._formerly[interface_id] = self.formerly(interface_id) | {before, netns}
+        left = self.formerly(interface_id) - {netns} if self._formerly else frozenset()
+        return Wanted(Token(self._node, interface_id), name, spec, fresh, netns, left)
+
+    def formerly(self, interface_id: InterfaceId) -> frozenset[str | None]:
+        """The network namespaces that an interface was to be in, where it was changed since the service began."""
+        return self._formerly.get(interface_id, frozenset())
 
     async def survey(self, survey: Survey) -> Host:
         """Who holds some names, and which networks others use."""

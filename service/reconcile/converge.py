@@ -26,6 +26,7 @@ class Wanted:
     Attributes:
         fresh: it cannot exist yet, so that a missing name needs no search for a renamed link.
         netns: the network namespace that its link is, or was, to be in; None for the service's own.
+        formerly: those that it was to be in before; what it has there is to go.
     """
 
     token: Token
@@ -33,6 +34,7 @@ class Wanted:
     spec: InterfaceSpec | None
     fresh: bool = False
     netns: str | None = None
+    formerly: frozenset[str | None] = frozenset()
 
     @property
     def key(self) -> str:
@@ -95,14 +97,17 @@ def sights(
 ) -> dict[InterfaceId, Sight]:
     """Match interfaces to links: a link under the wanted name counts first, then one that bears the token, then the
     one that was the interface's own until now and was watched all the time, whatever its alias says. `attached` and
-    `applied` tell what workers hold, and do with it. A token counts in whatever network namespace it is found.
+    `applied` tell what workers hold, and do with it. A token counts in the network namespaces that the interface is or
+    was to be in: what others moved elsewhere is theirs to bring back.
     """
-    by_token = {link.token: link for link in observed.links.values() if link.token is not None}
+    by_token = {(link.token, link.netns): link for link in observed.links.values() if link.token is not None}
     by_place: Mapping[Place, ObservedLink] | None = None
     found: dict[InterfaceId, Sight] = {}
     for each in wanted:
         named = observed.links.get(each.key)
-        link = named if _bears(named, each.token) else by_token.get(each.token)
+        link = named if _bears(named, each.token) else by_token.get((each.token, each.netns))
+        if link is None and each.formerly:
+            link = next((by_token[each.token, ns] for ns in each.formerly if (each.token, ns) in by_token), None)
         if link is None and monitor is not None and (place := monitor.holder(each.token)) is not None:
             if by_place is None:
                 by_place = {link.place: link for link in observed.links.values()}

@@ -179,7 +179,9 @@ class Finishing:
         """Bring the host back to what it was before pending intents; whether that worked."""
         failpoints.reach("engine.undo.before")
         before = self._journal.state.interfaces
-        previous = [self._applying.wanted(w.id, w.name, before[w.id].spec, netns=w.netns) for w in wanted]
+        previous = [
+            self._applying.wanted(w.id, w.name, before[w.id].spec, netns=w.netns, before=w.netns) for w in wanted
+        ]
         results = await self._applying.converge(previous)
         failpoints.reach("engine.undo.after")
         for result in results:
@@ -197,6 +199,7 @@ class Finishing:
             intended(intent, before),
             fresh=before is None,
             netns=before.netns if before is not None else None,
+            before=before.spec.netns if before is not None and before.spec is not None else ...,
         )
 
 

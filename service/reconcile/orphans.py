@@ -2,8 +2,8 @@
 
 Orphans, which the log once declared, are removed. A create is in the log before the kernel acts: one that the log has
 never heard of says that the log lost its end, or that somebody wrote our mark on a link of his own. Such are left alone
-and told of. Of declared interfaces there is only one thing here: a second link, left behind in another network
-namespace by whoever moved it there.
+and told of. Of declared interfaces there is only one thing here: a second link, in a network namespace that the
+interface was to be in before. What others moved elsewhere is not ours to remove while its interface is declared.
 """
 
 import asyncio
@@ -89,8 +89,8 @@ class Orphans:
         return [*strays, *orphans], [link for each, link in suspects.items() if each not in known]
 
     def _strays(self, observed: Observed) -> list[ObservedLink]:
-        """Links with the token of a declared interface in a network namespace where that is not wanted, while it has
-        its own link where it is. One that has none is `plan`'s to replace.
+        """Links with the token of a declared interface in a network namespace where it is not wanted any more, while
+        it has its own link where it is. One that has none is `plan`'s to replace.
         """
         found = []
         for link in observed.links.values():
@@ -99,6 +99,8 @@ class Orphans:
                 continue
             interface = self._journal.state.interfaces.get(token.interface_id)
             if interface is None or interface.pending is not None or interface.netns == link.netns:
+                continue
+            if link.netns not in self._applying.formerly(interface.id):
                 continue
             own = observed.links.get(link_key(interface.netns, interface.name))
             if own is not None and own.token == token:

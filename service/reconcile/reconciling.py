@@ -166,7 +166,12 @@ class Reconciling:
         for command_id, group in commands.items():
             pending = group[0].pending
             assert pending is not None
-            wanted = [self._applying.wanted(i.id, i.name, i.wanted, netns=i.netns) for i in group]
+            wanted = [
+                self._applying.wanted(
+                    i.id, i.name, i.wanted, netns=i.netns, before=i.spec.netns if i.spec is not None else ...
+                )
+                for i in group
+            ]
             names = [i.name for i in group]
             failpoints.reach("engine.recover.before")
             try:

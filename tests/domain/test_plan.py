@@ -79,7 +79,7 @@ def sight_of(
     kernel: HostKernel, called: str, netns: str | None, attached: Processing | None, watched: Place | None = None
 ) -> Sight:
     devices = {} if attached is None else {OURS.interface_id: attached}
-    wanted = [Wanted(OURS, InterfaceName(called), None, netns=netns)]
+    wanted = [Wanted(OURS, InterfaceName(called), None, netns=netns, formerly=frozenset({None, "blue"} - {netns}))]
     kernel.observe([each.key for each in wanted])  # so that its namespace is in use
     return sights(wanted, kernel.observe(), devices, Watching(watched), devices)[OURS.interface_id]
 
