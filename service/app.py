@@ -1,42 +1,41 @@
 """The composition root: the only module that knows every room. Opens everything in order, and closes it backwards.
 
-lock -> database -> fold -> writer, applier, workers -> start-up reconciliation -> HTTP
+lock -> database -> fold -> writer, applier -> start-up reconciliation -> HTTP
+     -> workers  ------------------^
 """
 
 import asyncio
-import contextlib
 import datetime
 import gc
 import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
 import uuid_utils
-import uvicorn
 
-from service import __version__, failpoints, logs
+from service import __version__, failpoints
 from service.api import bodies
-from service.api.application import application
-from service.api.events import EventLog
-from service.api.orders import Orders
-from service.api.read import LogView
-from service.api.render import render
 from service.config import Config
 from service.dataplane.supervisor import DataplaneError, Supervisor, WorkerExit
+from service.dataplane.work import Work
+from service.domain import commands as cmd
 from service.domain import events as ev
 from service.domain.counters import Book, worker_reading
 from service.domain.errors import ErrorCode, TunledgerError
-from service.domain.values import InterfaceId, NodeId
-from service.kernel import peer
+from service.domain.spec import Offloads, Processing
+from service.domain.steps import COUNT_ONLY
+from service.domain.values import CommandId, InterfaceId, NodeId
 from service.kernel.monitor import Monitor
 from service.kernel.namespaces import host_kernel
-from service.kernel.netlink import warm_up
+from service.kernel.peer import Asker
+from service.reconcile.answer import Finished
 from service.reconcile.applier import Applier
 from service.reconcile.engine import Engine
 from service.reconcile.feed import Feed
@@ -44,13 +43,16 @@ from service.reconcile.hands import Hands
 from service.reconcile.loop import keep_counted, keep_reconciled
 from service.store import counters as counter_store
 from service.store import headfile
-from service.store.answers import Answers
+from service.store.answers import Answers, Reply
 from service.store.counters import CounterKeeper, CounterReader
 from service.store.database import InstanceLock, obstacle, on_read_only_files, require_current
 from service.store.reader import LogReader, Verification
 from service.store.reserve import Reserve
 from service.store.snapshots import Auditor, Opened, Past, open_log
 from service.store.writer import LogWriter
+
+if TYPE_CHECKING:
+    from service.serving import Server
 
 EX_IOERR = 74  # sysexits.h
 CAP_NET_ADMIN = 12  # include/uapi/linux/capability.h
@@ -76,22 +78,17 @@ class SystemClock:
         moment = datetime.datetime.fromisoformat(stamp)
         return (moment - datetime.datetime.now(datetime.UTC)).total_seconds()
 
+    def elapsed_s(self) -> float:
+        """CLOCK_BOOTTIME (clock_gettime(2)): nobody sets it, and it goes on while the host sleeps."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+
     def new_id(self) -> str:
         """A new UUIDv7."""
         return str(uuid_utils.uuid7())
 
 
 def _stamp(moment: datetime.datetime) -> str:
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-
-
-class _Server(uvicorn.Server):
-    """uvicorn on sockets of ours, with the signals left to us."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Take no signals over."""
-        yield
+    return moment.isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"  # strftime takes twice as long
 
 
 def serve(config: Config) -> int:
@@ -100,7 +97,6 @@ def serve(config: Config) -> int:
     Raises:
         TunledgerError: why it could not start: schema_mismatch, already_serving, invalid_field, log_unavailable.
     """
-    logs.configure(config.logging.level, config.logging.format)
     failpoints.arm(os.environ)
     _check_defaults(config)
     path = config.database.path
@@ -181,6 +177,45 @@ class _OpenedLog:
             each.close()
 
 
+class Workers:
+    """The supervisor as reconciling sees it: in the domain's words (`reconcile.hands.DataPlane`)."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self.detach = supervisor.detach
+        self.counters = supervisor.counters
+        self.healthy = supervisor.healthy
+
+    def attach(
+        self,
+        device: str,
+        fd: int,
+        *,
+        mode: Literal["tun", "tap"],
+        name: str | None = None,
+        processing: Processing = COUNT_ONLY,
+        mtu: int = 1500,
+    ) -> str:
+        """Hand a descriptor to a worker. Raises DataplaneError."""
+        return self._supervisor.attach(device, fd, mode=mode, name=name, work=_work(processing, mtu))
+
+    def configure(self, device: str, processing: Processing, mtu: int) -> None:
+        """Have a device's worker do something else. Raises DataplaneError."""
+        self._supervisor.configure(device, _work(processing, mtu))
+
+    def attached(self) -> Mapping[str, Processing]:
+        """The devices that live workers hold now, and what they were told to do."""
+        return {
+            device: Processing(running=True, chain=work.chain, offloads=Offloads(work.offloads))
+            for device, work in self._supervisor.attached().items()
+        }
+
+
+def _work(processing: Processing, mtu: int) -> Work:
+    offloads = processing.offloads
+    return Work(processing.chain, mtu=mtu, vnet_hdr=offloads is Offloads.AUTO, offloads=offloads.value)
+
+
 class _Service:
     """Everything that runs, and the order in which it stops."""
 
@@ -190,19 +225,49 @@ class _Service:
         self._clock = SystemClock()
         self._signal: signal.Signals | None = None
         self._broken: str | None = None
+        self._starting = True
         self._again = False
-        self._server: _Server | None = None
+        self._server: Server | None = None
         self._auditor: Auditor | None = None
         self._feed = Feed()
+        self._asker = Asker()
 
     async def run(self) -> int | None:
         """Start, serve, stop; the exit status, or None to begin again with a log that can be written now."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
             loop.add_signal_handler(number, self._on_signal, number)
-        opened = self._open_log()
-        failpoints.reach("app.log.read")
         engine: Engine | None = None
+
+        def on_exit(death: WorkerExit) -> None:
+            last = [
+                worker_reading(InterfaceId(device), figures.session, figures.from_kernel, figures.to_kernel)
+                for device, figures in death.counters.items()
+            ]
+            if engine is not None:
+                engine.worker_exited(death.worker, death.pid, death.status, last)
+
+        def on_device_lost(device: str, reason: str) -> None:
+            log.warning("a device was lost", interface_id=device, reason=reason)
+            if engine is not None:
+                loop.call_soon_threadsafe(engine.look_again)
+
+        supervisor = Supervisor(
+            workers=self._config.dataplane.workers,
+            on_exit=on_exit,
+            on_device_lost=on_device_lost,
+            packet_log=_packet_log if self._logs_packets else None,
+            packets_per_s=max(1, self._config.logging.packets_per_s),
+        )
+        # They come up on another processor while the log is read.
+        workers = loop.run_in_executor(None, supervisor.start)
+        try:
+            opened = self._open_log()
+        except BaseException:
+            await asyncio.wait([workers])
+            await asyncio.to_thread(supervisor.close)
+            raise
+        failpoints.reach("app.log.read")
 
         def on_recorded(events: list[ev.Recorded]) -> None:
             assert engine is not None
@@ -220,19 +285,6 @@ class _Service:
         def on_broken(reason: str) -> None:
             loop.call_soon_threadsafe(self._on_broken, reason)
 
-        def on_exit(death: WorkerExit) -> None:
-            last = [
-                worker_reading(InterfaceId(device), figures.session, figures.from_kernel, figures.to_kernel)
-                for device, figures in death.counters.items()
-            ]
-            if engine is not None:
-                engine.worker_exited(death.worker, death.pid, death.status, last)
-
-        def on_device_lost(device: str, reason: str) -> None:
-            log.warning("a device was lost", interface_id=device, reason=reason)
-            if engine is not None:
-                loop.call_soon_threadsafe(engine.look_again)
-
         def on_news() -> None:
             if engine is not None:
                 engine.heard()
@@ -247,13 +299,6 @@ class _Service:
             on_recorded=on_recorded,
             on_broken=on_broken,
         )
-        supervisor = Supervisor(
-            workers=self._config.dataplane.workers,
-            on_exit=on_exit,
-            on_device_lost=on_device_lost,
-            packet_log=_packet_log if self._logs_packets else None,
-            packets_per_s=max(1, self._config.logging.packets_per_s),
-        )
         applier = Applier()
         monitor = Monitor(on_news, cares=is_wanted)
         kernel = host_kernel(vouched=monitor.vouches, attend=monitor.attend)
@@ -263,10 +308,10 @@ class _Service:
             book=opened.book,
             writer=writer,
             applier=applier,
-            hands=Hands(kernel, supervisor, monitor),
+            hands=Hands(kernel, Workers(supervisor), monitor),
             clock=self._clock,
             boot_id=boot_id(),
-            render=render,
+            render=_render,
             recall=opened.answers.find,
             knows=opened.reader.declared,
             publish=publish,
@@ -287,7 +332,7 @@ class _Service:
             monitor.start()
             applier.start()
             try:
-                await asyncio.to_thread(supervisor.start)
+                await workers
             except (DataplaneError, OSError) as error:
                 raise TunledgerError(ErrorCode.WORKER_FAILED, f"the packet workers cannot start: {error}") from error
             failpoints.reach("app.workers.started")
@@ -295,11 +340,13 @@ class _Service:
         finally:
             failpoints.reach("app.close.before")
             self._feed.close()
+            await asyncio.wait([workers])
             await asyncio.to_thread(supervisor.close)
             failpoints.reach("app.close.workers")
             await asyncio.to_thread(applier.close)
             await asyncio.to_thread(monitor.close)
             kernel.close()
+            self._asker.close()
             if self._auditor is not None:
                 await asyncio.to_thread(self._auditor.close)
             await asyncio.to_thread(writer.close)
@@ -373,30 +420,20 @@ class _Service:
         failpoints.reach("app.start_up.before")
         starting = await self._start_up(engine, started)
         failpoints.reach("app.start_up.after")
-        orders = Orders(engine, self._clock, _defaults(self._config))
         if self._auditor is not None:
             self._auditor.start()
-        app = application(
-            orders,
-            LogView(opened.reader),
-            EventLog(opened.reader, self._feed),
+        from service.serving import server  # not before all interfaces are back: litestar's import would delay them
+
+        self._server = server(
+            engine,
+            self._clock,
+            _defaults(self._config),
+            opened.reader,
+            self._feed,
             opened.counters,
-            owner_of=peer.owner,
-            own_uid=os.geteuid(),
+            self._asker,
             audit=self._auditor.progress if self._auditor is not None else None,
-        )
-        self._server = _Server(
-            uvicorn.Config(
-                app,
-                http="httptools",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_graceful_shutdown=max(1, int(self._config.shutdown.timeout_s)),
-            )
+            shutdown_s=self._config.shutdown.timeout_s,
         )
         if self._signal is not None or self._broken is not None:
             self._server.should_exit = True
@@ -408,12 +445,12 @@ class _Service:
         ]
         for task in tasks:
             task.add_done_callback(lambda ended: _tell_of_end(engine, ended))
-        gc.collect()
+        if gc.isenabled():
+            gc.collect()  # what served before this turn; a first start leaves 200 KiB, not worth looking for
         gc.freeze()  # what start-up made lives as long as the service: later collections need not look at it
         gc.enable()
         failpoints.reach("app.ready")
         log.info("ready", url=f"http://{self._address}")
-        tasks.append(asyncio.create_task(asyncio.to_thread(warm_up)))
         try:
             # uvicorn closes what it is given, and another turn needs the socket again.
             await self._server.serve(sockets=[self._listening.dup() if _passes(opened.frozen) else self._listening])
@@ -432,12 +469,15 @@ class _Service:
         """Start the engine up; where the log has no room for that now, go on trying while reads are served."""
 
         async def attempt() -> TunledgerError | None:
+            summary = None
             try:
                 summary = await engine.start_up(started)
             except TunledgerError as error:
-                if not error.retry:
+                if error.retry:
+                    return error
+                if error.code is not ErrorCode.LOG_CORRUPT:
                     raise
-                return error
+                engine.freeze(error.message)  # damage that shows only in writing: an index, say
             if engine.frozen is not None:
                 log.warning("not reconciled: read-only", reason=engine.frozen)
             else:
@@ -451,6 +491,11 @@ class _Service:
                 error = await attempt()
 
         error = await attempt()
+        self._starting = False
+        if self._broken is not None and engine.frozen is None:
+            self._on_broken(self._broken)
+        else:
+            self._broken = None
         return asyncio.create_task(again(error)) if error is not None else None
 
     async def _stop(self, engine: Engine, reason: str) -> None:
@@ -476,9 +521,13 @@ class _Service:
             self._server.should_exit = True
 
     def _on_broken(self, reason: str) -> None:
-        """The log cannot be trusted any more in this process: stop as if killed, and recover from disk."""
-        log.error("the log failed; stopping without touching the interfaces", reason=reason)
+        """The log cannot be trusted any more in this process: stop as if killed, and recover from disk. Start-up finds
+        out for itself, and may serve it read-only.
+        """
         self._broken = reason
+        if self._starting:
+            return
+        log.error("the log failed; stopping without touching the interfaces", reason=reason)
         self._feed.close()
         if self._server is not None:
             self._server.should_exit = True
@@ -502,6 +551,15 @@ def _tell_of_end(engine: Engine, task: "asyncio.Task[None]") -> None:
     if error is not None:
         log.error("a loop of the service ended", exc_info=error)
         engine.complain(f"a loop of the service ended by a mistake: {error!r}; restart it")
+
+
+def _render(
+    request: cmd.Request, command_id: CommandId, finished: Sequence[Finished], error: TunledgerError | None
+) -> Reply:
+    """The reply to a command; the module is there by then, unless start-up finishes a command."""
+    from service.api.render import render
+
+    return render(request, command_id, finished, error)
 
 
 def _packet_log(device: str, line: str, suppressed: int) -> None:

@@ -1,18 +1,21 @@
 """The HTTP client of the command line, and the one module of it that knows how HTTP is spoken.
 
-http.client and not httpx: it is there already, and importing httpx takes longer than asking the service. One
-connection for each call. A write carries an Idempotency-Key of its own, so that it can be sent again when its
-connection broke before the answer came: the service carries it out once, and answers both alike.
+http.client and not httpx: it is there already, and importing httpx takes longer than asking the service. It is imported
+where a call is made, since `tunledger serve` makes none. One connection for each call. A write carries an
+Idempotency-Key of its own, so that it can be sent again when its connection broke before the answer came: the service
+carries it out once, and answers both alike.
 """
 
-import http.client
 import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlencode, urlsplit
 from uuid import uuid4
+
+if TYPE_CHECKING:
+    import http.client
 
 TIMEOUT_S = 30.0
 WRITE_TIMEOUT_S = 180.0  # deleting 1,000 interfaces one by one takes the kernel 20 s
@@ -151,8 +154,10 @@ class Client:
         with _Exchange(self, self._connect()) as exchange:
             yield from _events(exchange.lines("GET", path, params, headers))
 
-    def _connect(self, *, wait_s: float = 0.0) -> http.client.HTTPConnection:
+    def _connect(self, *, wait_s: float = 0.0) -> "http.client.HTTPConnection":
         """A connection that stands; for so long, connecting is tried again."""
+        import http.client
+
         deadline = time.monotonic() + wait_s
         try:
             parts = urlsplit(self._bare)
@@ -185,7 +190,7 @@ class Client:
 class _Exchange:
     """One request on one connection, which is closed afterwards."""
 
-    def __init__(self, client: Client, connection: http.client.HTTPConnection) -> None:
+    def __init__(self, client: Client, connection: "http.client.HTTPConnection") -> None:
         self._client, self._connection = client, connection
 
     def __enter__(self) -> Self:
@@ -203,6 +208,8 @@ class _Exchange:
         headers: Mapping[str, str],
         ok: tuple[int, ...],
     ) -> Answer:
+        import http.client
+
         try:
             response = self._send(method, path, params, body, headers)
             content = response.read()
@@ -216,6 +223,8 @@ class _Exchange:
 
     def lines(self, method: str, path: str, params: Mapping[str, Any], headers: Mapping[str, str]) -> Iterator[str]:
         """The lines of an answer as they come, without their ends."""
+        import http.client
+
         try:
             response = self._send(method, path, params, None, headers)
             if response.status != http.client.OK:
@@ -228,7 +237,7 @@ class _Exchange:
 
     def _send(
         self, method: str, path: str, params: Mapping[str, Any] | None, body: Any, headers: Mapping[str, str]
-    ) -> http.client.HTTPResponse:
+    ) -> "http.client.HTTPResponse":
         query = "?" + urlencode(params, doseq=True) if params else ""
         data = None if body is None else json.dumps(body).encode()
         # As bytes: http.client writes text as Latin-1, and people write their reasons in UTF-8.
@@ -239,6 +248,8 @@ class _Exchange:
         return self._connection.getresponse()
 
     def _broke(self, error: Exception) -> CallError:
+        import http.client
+
         url = self._client.url
         if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
             return CallError(f"{url} does not speak HTTP; is it tunledger?")

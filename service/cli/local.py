@@ -9,7 +9,7 @@ from service.cli.client import CallError, Client, url_of
 from service.config import Config
 from service.domain.errors import TunledgerError
 from service.domain.spec import spec_to_json
-from service.store import database
+from service.store import database, headfile
 from service.store.migrate import migrate as run_migrations
 from service.store.reader import LogReader
 
@@ -64,6 +64,7 @@ def verify(config: Config, url: str | None, head: tuple[int, str] | None = None)
     try:
         found = reader.verify(head=head)
         report["problems"] += found.problems
+        report["problems"] += _lost(path, reader, found.head_position)
         report |= {
             "events": found.events,
             "interfaces": len(found.state.interfaces),
@@ -77,6 +78,15 @@ def verify(config: Config, url: str | None, head: tuple[int, str] | None = None)
     finally:
         reader.close()
     return report
+
+
+def _lost(path: Path, reader: LogReader, head: int) -> list[str]:
+    """That the log does not hold what the file beside it says it held."""
+    try:
+        lost = headfile.problem(path, reader.mark, head)
+    except TunledgerError as error:
+        lost = f"{headfile.path_of(path).name} could not be compared: {error.message}"
+    return [lost] if lost is not None else []
 
 
 def _compare(reader: LogReader, shown: dict[str, Any]) -> str | None:

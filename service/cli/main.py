@@ -1,18 +1,20 @@
 """The `tunledger` command: the group, and what concerns the service itself. Other commands are in modules by subject.
 
-What takes long to import is imported where it is used: `tunledger list` must not wait for litestar or SQLAlchemy.
+What takes long to import is imported where it is used: `tunledger list` must not wait for litestar or SQLAlchemy, nor
+`tunledger serve`, for which all interfaces wait, for what other commands need.
 """
 
 import gc
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from service import __version__
-from service.cli import completion, events, files, host, interfaces, log, show
+from service.cli import show
 from service.cli.options import (
     FAILED,
     USAGE,
@@ -27,29 +29,51 @@ from service.cli.options import (
 )
 from service.domain.errors import ErrorCode, TunledgerError
 
+SUBJECTS: Final = {
+    "Interfaces": "interfaces",
+    "Files": "files",
+    "The host": "host",
+    "What happened": "log",
+    "The log": "events",
+    "The shell": "completion",
+}
+
 
 class _Subjects(click.Group):
-    """The group's help, with its commands by subject instead of all in one list."""
+    """Commands by subject: their modules are imported when one is asked for that is not in this module, and the group's
+    help has them by subject instead of all in one list.
+    """
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """A command by its name."""
+        if cmd_name not in self.commands:
+            self._complete()
+        return super().get_command(ctx, cmd_name)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names of all commands."""
+        self._complete()
+        return super().list_commands(ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands under their subjects, those of this module last."""
-        subjects = [(title, [command.name or "" for command in module.COMMANDS]) for title, module in SUBJECTS.items()]
-        grouped = {name for _, names in subjects for name in names}
-        subjects.append(("The service", [name for name in self.list_commands(ctx) if name not in grouped]))
-        for title, names in subjects:
+        subjects = self._complete()
+        grouped = {name for names in subjects.values() for name in names}
+        subjects["The service"] = [name for name in self.list_commands(ctx) if name not in grouped]
+        for title, names in subjects.items():
             limit = formatter.width - 6 - max(map(len, self.commands))
             with formatter.section(title):
                 formatter.write_dl([(name, self.commands[name].get_short_help_str(limit)) for name in names])
 
-
-SUBJECTS: dict[str, Any] = {
-    "Interfaces": interfaces,
-    "Files": files,
-    "The host": host,
-    "What happened": log,
-    "The log": events,
-    "The shell": completion,
-}
+    def _complete(self) -> dict[str, list[str]]:
+        """Have the commands of all subjects; their names by subject."""
+        found: dict[str, list[str]] = {}
+        for title, module in SUBJECTS.items():
+            commands: tuple[click.Command, ...] = import_module(f"service.cli.{module}").COMMANDS
+            for command in commands:
+                self.add_command(command)
+            found[title] = [command.name or "" for command in commands]
+        return found
 
 
 @click.group(cls=_Subjects, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -76,6 +100,7 @@ def serve(
     config: Path | None, host: str | None, port: str | None, database_url: str | None, log_level: str | None
 ) -> None:
     """Run the service in the foreground until SIGINT, SIGTERM or SIGQUIT."""
+    gc.disable()  # until the service is ready: nothing that start-up makes is garbage, and looking for it takes long
     loaded = load(
         config,
         server__host=("--host", host),
@@ -83,7 +108,9 @@ def serve(
         database__url=("--database", database_url),
         logging__level=("--log-level", log_level),
     )
-    gc.disable()  # until the service is ready: nothing that start-up makes is garbage, and looking for it takes long
+    from service import logs
+
+    logs.configure(loaded.config.logging.level, loaded.config.logging.format)
     from service.app import serve as run
 
     try:
@@ -124,6 +151,8 @@ def status(remote: Remote) -> None:
     Example:
       tunledger status
     """
+    from service.cli.interfaces import show_list
+
     health = remote.get("/health", ok=(200, 503))
     found = remote.pages("/interfaces", "interfaces")
     if remote.json:
@@ -133,7 +162,7 @@ def status(remote: Remote) -> None:
             f"tunledger {health['version']}, node {health['node']}, log position {health['log_position']}: "
             + (health["status"] if health["status"] == "healthy" else f"unhealthy: {health.get('error')}")
         )
-        interfaces.show_list(found)
+        show_list(found)
     if health["status"] != "healthy":
         sys.exit(FAILED)
 
@@ -303,11 +332,6 @@ def config_show(config: Path | None, output: str) -> None:
     else:
         cells = [[key, shown(value), origin, meaning] for key, value, origin, meaning in rows]
         show.table(("SETTING", "VALUE", "FROM", "MEANING"), cells)
-
-
-for subject in SUBJECTS.values():
-    for command in subject.COMMANDS:
-        cli.add_command(command)
 
 
 def main() -> None:

@@ -80,6 +80,10 @@ class Context(Protocol):
         """Descriptors that the service gave this stage: memory, or files to write to. The worker closes them."""
         ...
 
+    def poke(self) -> None:
+        """Have the service look at this worker's stages soon: a figure tells it something, as a full file does."""
+        ...
+
 
 class Batch:
     """Packets of one device, on their way in one direction.

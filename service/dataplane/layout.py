@@ -11,6 +11,9 @@ Theory of operation. Each worker process has one memfd of its own, mapped by it 
              ...       from_kernel, the other classes
              2 words   to_kernel, class 0: packets, bytes
              ...
+             1 word    packets dropped, for each of `contract.DROP_REASONS`
+             10 words  area 0: packets into a stage and out of it, then its own figures
+             ...       `AREAS` of them
     slot 1   ...
 
 A word is an unsigned 64-bit integer in native order, 8-byte aligned. Slots start on a cache line.
@@ -38,6 +41,7 @@ from dataclasses import dataclass
 from typing import Final
 from zlib import crc32
 
+from service.dataplane.contract import DROP_REASONS, FIGURES_MAX
 from service.packet.classify import CLASSES
 
 WORD_BYTES: Final = 8
@@ -47,9 +51,17 @@ _STATE_WORDS: Final = _LINE_WORDS
 DIRECTION_WORDS: Final[int] = 2 * len(CLASSES)
 """Packets and bytes of every class."""
 
-SLOT_WORDS: Final[int] = -(-(_STATE_WORDS + 2 * DIRECTION_WORDS) // _LINE_WORDS) * _LINE_WORDS
+AREAS: Final = 40
+"""Stages that may have figures at once: 16 of a chain, 16 of the one that is about to take its place, 8 taps."""
 
-FINGERPRINT: Final[int] = crc32(repr((1, CLASSES, SLOT_WORDS)).encode())
+AREA_WORDS: Final = 2 + FIGURES_MAX
+DROPS_AT: Final[int] = 2 * DIRECTION_WORDS
+AREAS_AT: Final[int] = DROPS_AT + len(DROP_REASONS)
+"""From the word where a slot's from_kernel figures start."""
+
+SLOT_WORDS: Final[int] = -(-(_STATE_WORDS + AREAS_AT + AREAS * AREA_WORDS) // _LINE_WORDS) * _LINE_WORDS
+
+FINGERPRINT: Final[int] = crc32(repr((2, CLASSES, DROP_REASONS, SLOT_WORDS)).encode())
 """Differs when a word would mean something else: a replaced worker may run newer code than the service."""
 
 
@@ -59,10 +71,11 @@ class LayoutError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class SlotFigures:
-    """What a slot holds: class name to (packets, bytes), classes without a packet left out."""
+    """What a slot holds: class name to (packets, bytes), drop reason to packets; those without a packet left out."""
 
     from_kernel: dict[str, tuple[int, int]]
     to_kernel: dict[str, tuple[int, int]]
+    drops: dict[str, int]
 
 
 def create(slots: int) -> int:
@@ -103,6 +116,12 @@ class CounterWriter:
         self.words[start : start + SLOT_WORDS] = memoryview(bytes(SLOT_WORDS * WORD_BYTES)).cast("Q")
         return start + _STATE_WORDS
 
+    def clear_area(self, start: int, area: int) -> int:
+        """Zero an area of the slot whose figures start at `start`; return its first word."""
+        at = start + AREAS_AT + area * AREA_WORDS
+        self.words[at : at + AREA_WORDS] = memoryview(bytes(AREA_WORDS * WORD_BYTES)).cast("Q")
+        return at
+
     def mark_lost(self, slot: int, error: int) -> None:
         """Say that the device in `slot` is gone, and why: an errno above 0. The figures are final by now."""
         self.words[_slot_start(slot)] = error
@@ -122,8 +141,14 @@ class CounterReader:
     def read(self, slot: int) -> SlotFigures:
         """Return the figures of `slot` as they are now."""
         start = _slot_start(slot) + _STATE_WORDS
-        words = self._words[start : start + 2 * DIRECTION_WORDS].tolist()
-        return SlotFigures(_by_class(words[:DIRECTION_WORDS]), _by_class(words[DIRECTION_WORDS:]))
+        words = self._words[start : start + AREAS_AT].tolist()
+        drops = {reason: count for reason, count in zip(DROP_REASONS, words[DROPS_AT:], strict=True) if count}
+        return SlotFigures(_by_class(words[:DIRECTION_WORDS]), _by_class(words[DIRECTION_WORDS:DROPS_AT]), drops)
+
+    def read_area(self, slot: int, area: int) -> list[int]:
+        """Return packets into the stage with this area, packets out of it, and its figures in their order."""
+        at = _slot_start(slot) + _STATE_WORDS + AREAS_AT + area * AREA_WORDS
+        return self._words[at : at + AREA_WORDS].tolist()
 
 
 def _slot_start(slot: int) -> int:

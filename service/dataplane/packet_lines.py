@@ -8,7 +8,8 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
-from service.dataplane.wire import Mode, PacketLine, encode_line
+from service.dataplane.contract import Mode
+from service.dataplane.wire import PacketLine, encode_line
 from service.packet.parse import parse, parse_frame
 from service.packet.summary import summary
 
@@ -50,7 +51,7 @@ class PacketLines:
         """Whether `flush` has something to tell soon."""
         return bool(self._suppressed)
 
-    def packet(self, device: str, mode: Mode, data: bytearray, length: int) -> None:
+    def packet(self, device: str, mode: Mode, data: bytes | bytearray | memoryview, length: int) -> None:
         """Show or count the packet in `data[:length]`. Never waits, never raises."""
         now = self._clock()
         if self._bucket.take(now):

@@ -25,21 +25,29 @@ and the worker's death. So where the word does not come in time the worker is ki
 
 import contextlib
 import errno
+import json
 import os
 import select
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
 from service import failpoints
+from service.dataplane.attachment import Attachment, Busy, DeviceCounters, Held, StageStatus
+from service.dataplane.contract import Mode
+from service.dataplane.crashes import Crash, Crashes
 from service.dataplane.line_reader import LineReader
-from service.dataplane.wire import NAME_MAX_BYTES, Attach, Detach, Mode
+from service.dataplane.placement import Neighbours
+from service.dataplane.provisions import FilesFor, Provisions, close_all, written
+from service.dataplane.wire import NAME_MAX_BYTES, Attach, Configure, Detach, Feed, Release, Reply, Request
+from service.dataplane.work import COUNT_ONLY, Setup, StageSetup, Work, targets, unchanged
 from service.dataplane.worker_process import NoAnswerError, NotAskedError, PeerGoneError, WorkerProcess
 
 START_TIMEOUT_S: Final = 10.0
@@ -62,6 +70,12 @@ STEADY_S: Final = 10.0
 DEVICES_PER_WORKER: Final = 4096
 """4,096 slots of 1.1 kB, touched only when used."""
 
+STUCK_S: Final = 2.0
+LOOK_S: Final = 0.5
+"""How often the loops of workers with processors are looked at: an endless one is killed within 2.5 s."""
+
+TAPS_MAX: Final = 8
+
 LAST_FIGURES_MAX: Final = 4 * DEVICES_PER_WORKER
 """Figures of devices that were lost and neither attached again nor detached; the oldest go first."""
 
@@ -77,19 +91,6 @@ class DataplaneError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceCounters:
-    """What a device's worker has read and written since it was attached, by class of `packet.classify.CLASSES`.
-
-    Each figure is (packets, bytes); classes without a packet are left out.
-    """
-
-    session: str
-    """Unique to the attach. All figures start at zero with it and only grow."""
-    from_kernel: Mapping[str, tuple[int, int]]
-    to_kernel: Mapping[str, tuple[int, int]]
-
-
-@dataclass(frozen=True, slots=True)
 class WorkerExit:
     """A worker that died without being told to."""
 
@@ -101,23 +102,8 @@ class WorkerExit:
     """What it held and nobody holds now."""
     counters: Mapping[str, DeviceCounters]
     """The last figures of each of `devices`."""
-
-
-@dataclass(slots=True, eq=False)
-class _Attachment:
-    device: str
-    name: str
-    session: str
-    worker: WorkerProcess
-    slot: int
-    serial: int
-    confirmed: bool = False
-    busy: bool = True
-    """A caller is attaching or detaching it."""
-
-    def figures(self) -> DeviceCounters:
-        slot = self.worker.counters.read(self.slot)
-        return DeviceCounters(self.session, slot.from_kernel, slot.to_kernel)
+    crash: Crash | None = None
+    """The processor that did it, if one did."""
 
 
 @dataclass(slots=True, eq=False)
@@ -142,6 +128,9 @@ def respawn_delay_s(deaths: int) -> float:
     return min(RESPAWN_MAX_S, RESPAWN_STEP_S * 2.0 ** min(deaths - 2, 6))
 
 
+_EndedTap = tuple[int, Mapping[str, int]]
+
+
 class Supervisor:
     """The workers. Methods are thread-safe, block for a bounded time, and raise DataplaneError.
 
@@ -160,6 +149,10 @@ class Supervisor:
         python: str = sys.executable,
         devices_per_worker: int = DEVICES_PER_WORKER,
         new_session: Callable[[], str] = lambda: str(uuid.uuid4()),
+        processors: Mapping[str, str] | None = None,
+        files_for: FilesFor | None = None,
+        on_poke: Callable[[], None] | None = None,
+        on_tap_ended: Callable[[str, int, Mapping[str, int], str], None] | None = None,
     ) -> None:
         """Take the settings; `start` starts.
 
@@ -169,6 +162,9 @@ class Supervisor:
         `packet_log` gets the device's name, a line, and how many of the device's packets before it were not
         shown, because of `packets_per_s` (for each worker) or because nobody read in time; an empty line
         carries the number alone. None: packets are not put in words.
+        `processors` are those of other packages (`registry.discover`). `files_for` is asked for the descriptors of
+        stages that want some. `on_poke`: a stage asked to be looked at. `on_tap_ended` gets device, tap, its last
+        figures and why, where `untap` was not called.
         Raises ValueError on a number below 1, and DataplaneError `unsupported` on a 32-bit machine.
         """
         if min(workers, packets_per_s, devices_per_worker) < 1:
@@ -182,13 +178,20 @@ class Supervisor:
         self._python = python
         self._devices_per_worker = devices_per_worker
         self._new_session = new_session
+        self._processors = dict(processors or {})
+        self._provisions = Provisions(files_for)
+        self._on_poke = on_poke
+        self._on_tap_ended = on_tap_ended
         self._log = structlog.get_logger("tunledger.dataplane")
 
         self._lock = threading.Condition()
         self._posts = [_Post(index) for index in range(workers)]
-        self._attachments: dict[str, _Attachment] = {}
+        self._attachments: dict[str, Attachment] = {}
         self._last: dict[str, DeviceCounters] = {}
+        self._neighbours = Neighbours()
+        self._crashes = Crashes()
         self._serial = 0
+        self._taps = 0
         self._devices_lost = 0
         self._started = False
         self._running = False
@@ -232,23 +235,25 @@ class Supervisor:
             # One that died after its answer was left alone so far.
             self._poke()
 
-    def attach(self, device: str, fd: int, *, mode: Mode, name: str | None = None) -> str:
+    def attach(self, device: str, fd: int, *, mode: Mode, name: str | None = None, work: Work = COUNT_ONLY) -> str:
         """Hand a TUN or TAP to a worker, which reads it from now on; return the new session.
 
-        `device` is the caller's key, `name` what packet lines call it (by default the key). `fd` is this
-        method's: it is closed in every case before this returns or raises. Packets must come without
-        `IFF_PI` and `IFF_VNET_HDR` headers.
+        `device` is the caller's key, `name` what other chains and packet lines call it (by default the key). `fd` is
+        this method's: it is closed in every case before this returns or raises. Packets must come without `IFF_PI`
+        headers, and with `IFF_VNET_HDR` ones if `work` says so.
 
-        Raises DataplaneError: `already_attached`; `device_busy` while another call attaches or detaches it;
-        `worker_full`; `attach_refused` with the kernel's reason; and, worth another try, `no_worker`,
-        `worker_gone` or `worker_timeout`, the last after `REQUEST_TIMEOUT_S`. After an error no worker holds
-        the device. Source: unix(7), SCM_RIGHTS.
+        Raises DataplaneError: `already_attached`; `device_busy` while another call changes it or one that it
+        exchanges packets with; `worker_full`; `attach_refused` with the kernel's reason; `stage_refused` with the
+        processor's; `processor_crashed` while one that crashed again and again has to wait; and, worth another try,
+        `no_worker`, `worker_gone` or `worker_timeout`, the last after `REQUEST_TIMEOUT_S`. After an error no worker
+        holds the device. Source: unix(7), SCM_RIGHTS.
         """
         deadline = time.monotonic() + REQUEST_TIMEOUT_S
         try:
-            attachment = self._reserve(device, device if name is None else name, deadline)
+            attachment = self._reserve(device, device if name is None else name, mode, work, deadline)
             try:
-                self._hand_over(attachment, fd, mode, deadline)
+                self._gather(attachment, attachment.worker, targets(work.chain), deadline)
+                self._hand_over(attachment, fd, deadline)
             except BaseException:
                 with self._lock:
                     self._release(attachment)
@@ -258,6 +263,31 @@ class Supervisor:
             with contextlib.suppress(OSError):
                 os.close(fd)
         return attachment.session
+
+    def configure(self, device: str, work: Work) -> None:
+        """Do something else with a device's packets from the next batch on; none is lost.
+
+        Stages that the old chain and the new one have in common keep what they know. Of `work`, `vnet_hdr` must be
+        as it was. Raises DataplaneError as `attach`, and `not_attached`; after an error the old chain is at work.
+        """
+        deadline = time.monotonic() + REQUEST_TIMEOUT_S
+        with self._claimed(device) as attachment:
+            if work.vnet_hdr != attachment.work.vnet_hdr:
+                raise DataplaneError(
+                    "attach_refused", f"{attachment.name}: vnet_hdr changes only with a new attach", retry=False
+                )
+            sends_to = targets(work.chain)
+            with self._lock:
+                worker = self._meeting_place(attachment, sends_to)
+            if worker is not attachment.worker:
+                self._move(attachment, worker, deadline)
+                with self._lock:
+                    if self._attachments.get(device) is not attachment:
+                        raise DataplaneError("worker_gone", f"{attachment.name}: lost on its way", retry=True)
+            self._gather(attachment, worker, sends_to, deadline)
+            self._reconfigure(attachment, work, attachment.taps, deadline)
+            with self._lock:
+                self._neighbours.put(device, {attachment.name, *sends_to})
 
     def detach(self, device: str) -> DeviceCounters | None:
         """Take a device away from its worker and return its final figures; None if there are none.
@@ -270,12 +300,11 @@ class Supervisor:
         the worker survives SIGKILL.
         """
         with self._lock:
+            self._crashes.forget(device)
             attachment = self._attachments.get(device)
             if attachment is None:
                 return self._last.pop(device, None)
-            if attachment.busy:
-                raise DataplaneError("device_busy", f"{attachment.name}: being attached or detached", retry=True)
-            attachment.busy = True
+            self._claim(attachment, "detaching")
         worker = attachment.worker
         deadline = time.monotonic() + REQUEST_TIMEOUT_S
         try:
@@ -291,13 +320,102 @@ class Supervisor:
             if self._attachments.get(device) is not attachment:
                 return self._last.pop(device, None)  # the watcher was faster
             final = attachment.figures()
+            ended = self._taken_taps(attachment)
             self._release(attachment)
-            return final
+        self._tell_taps(attachment, ended, "the interface is no longer processed")
+        return final
 
-    def attached(self) -> frozenset[str]:
-        """Return the devices that a live worker holds now."""
+    def attached(self) -> Mapping[str, Work]:
+        """Return the devices that a live worker holds now, and what it was told to do."""
         with self._lock:
-            return frozenset(device for device, held in self._attachments.items() if held.confirmed)
+            return {device: held.work for device, held in self._attachments.items() if held.confirmed}
+
+    def stages(self, device: str) -> list[StageStatus]:
+        """Return how each stage of a device's chain is doing; nothing if it is not attached."""
+        with self._lock:
+            attachment = self._attachments.get(device)
+            return attachment.statuses() if attachment is not None and attachment.confirmed else []
+
+    def stage_memory(self, device: str) -> Mapping[int, memoryview]:
+        """Return what the stages of a device share with the service, read-only, by place in the chain."""
+        with self._lock:
+            attachment = self._attachments.get(device)
+            held = [] if attachment is None else attachment.stages
+            return {place: each.memory for place, each in enumerate(held) if each is not None and each.memory}
+
+    # -- taps
+
+    def tap(self, device: str, stage: Mapping[str, Any], files: Sequence[int] = ()) -> int:
+        """Put a stage in front of a device's chain that is not in its spec; return its id.
+
+        It sees what the wire would. `files` are descriptors for it; they stay the caller's. It ends with `untap`, or
+        with the attach (`on_tap_ended`). Raises DataplaneError as `configure`, and `worker_full` beyond `TAPS_MAX`.
+        """
+        deadline = time.monotonic() + REQUEST_TIMEOUT_S
+        with self._claimed(device) as attachment:
+            if len(attachment.taps) >= TAPS_MAX:
+                raise DataplaneError("worker_full", f"{attachment.name}: {TAPS_MAX} taps, its limit", retry=False)
+            with self._lock:
+                self._taps += 1
+                tap = self._taps
+                area = attachment.free_areas()[-1]
+            held, fds = self._provisions.stage(device, attachment.name, -1, area, stage, files)
+            held.tap = tap
+            try:
+                self._reconfigure(attachment, attachment.work, [held, *attachment.taps], deadline, fds)
+            finally:
+                close_all(fds)
+            return tap
+
+    def untap(self, device: str, tap: int) -> Mapping[str, int]:
+        """Take a tap away, and return its final figures. Raises DataplaneError as `configure`, and `no_tap`."""
+        deadline = time.monotonic() + REQUEST_TIMEOUT_S
+        with self._claimed(device) as attachment:
+            held = self._tap_of(attachment, tap)
+            self._reconfigure(
+                attachment, attachment.work, [each for each in attachment.taps if each is not held], deadline
+            )
+            with self._lock:
+                return attachment.own_figures(held)
+
+    def tap_figures(self, device: str, tap: int) -> Mapping[str, int]:
+        """Return a tap's figures as they are now. Raises DataplaneError `no_tap`, `not_attached`."""
+        with self._lock:
+            attachment = self._attachments.get(device)
+            if attachment is None or not attachment.confirmed:
+                raise DataplaneError("not_attached", f"{device}: no worker has it", retry=True)
+            return attachment.own_figures(self._tap_of(attachment, tap))
+
+    def feed(self, device: str, stage: int, fd: int) -> None:
+        """Give one more file to a tap (its id), or to a stage: -1 for the chain's first, -2 for the second.
+
+        `fd` stays the caller's. Raises DataplaneError as `configure`, `no_tap` if it is not there or takes none.
+        """
+        deadline = time.monotonic() + REQUEST_TIMEOUT_S
+        with self._claimed(device) as attachment:
+            if stage >= 0:
+                held: Held | None = self._tap_of(attachment, stage)
+            else:
+                held = attachment.stages[-1 - stage] if -1 - stage < len(attachment.stages) else None
+            if held is None:
+                raise DataplaneError("no_tap", f"{attachment.name}: no stage {-1 - stage} is at work", retry=False)
+            area = held.setup.area
+
+            def request(sequence: int) -> Request:
+                return Feed(sequence, attachment.slot, attachment.serial, area)
+
+            reply, _ = self._ask(attachment, request, deadline, [fd])
+            if reply.error:
+                raise DataplaneError("no_tap", f"{attachment.name}: {_errno_text(reply.error)}", retry=False)
+
+    @staticmethod
+    def _tap_of(attachment: Attachment, tap: int) -> Held:
+        for held in attachment.taps:
+            if held.tap == tap:
+                return held
+        raise DataplaneError("no_tap", f"{attachment.name}: has no tap {tap}", retry=False)
+
+    # -- figures and health
 
     def counters(self) -> Mapping[str, DeviceCounters]:
         """Return the figures of every device that is attached, and the last ones of those that were lost.
@@ -355,8 +473,8 @@ class Supervisor:
                 return
         raise DataplaneError("worker_start", f"worker {post.index} does not come up: {reason}", retry=False)
 
-    def _reserve(self, device: str, name: str, deadline: float) -> _Attachment:
-        """Make a pending attachment with the live worker that has the fewest devices."""
+    def _reserve(self, device: str, name: str, mode: Mode, work: Work, deadline: float) -> Attachment:
+        """Make a pending attachment with the worker that has those it exchanges packets with, or has the fewest."""
         if len(name.encode()) > NAME_MAX_BYTES:
             raise DataplaneError("attach_refused", f"name: over {NAME_MAX_BYTES} bytes", retry=False)
         with self._lock:
@@ -371,66 +489,257 @@ class Supervisor:
             held = self._attachments.get(device)
             if held is not None:
                 if held.busy:
-                    raise DataplaneError("device_busy", f"{held.name}: being attached or detached", retry=True)
+                    raise _busy(held)
                 raise DataplaneError(
                     "already_attached", f"{held.name}: already with worker {held.worker.index}", retry=False
+                )
+            waits_s = self._crashes.waits_s(device, work.chain, time.monotonic())
+            if waits_s:
+                raise DataplaneError(
+                    "processor_crashed",
+                    f"{name}: a processor of its chain crashed again; it is read again in {waits_s:.1f} s",
+                    retry=True,
                 )
             live = [post.live for post in self._posts if post.live is not None]
             if not live:
                 reasons = "; ".join(f"worker {post.index}: {post.reason}" for post in self._posts)
                 raise DataplaneError("no_worker", f"{name}: no worker is running ({reasons})", retry=True)
-            worker = max(live, key=lambda candidate: len(candidate.free_slots))
+            sends_to = targets(work.chain)
+            worker = self._of_most(self._neighbours.of({name, *sends_to})) or max(
+                live, key=lambda candidate: len(candidate.free_slots)
+            )
             if not worker.free_slots:
                 limit = len(live) * self._devices_per_worker
                 raise DataplaneError(
                     "worker_full", f"{name}: the workers hold {limit} devices, their limit", retry=False
                 )
             self._serial += 1
-            attachment = _Attachment(device, name, self._new_session(), worker, worker.free_slots.pop(), self._serial)
+            attachment = Attachment(
+                device, name, mode, self._new_session(), worker, worker.free_slots.pop(), self._serial, work
+            )
             self._attachments[device] = attachment
+            self._neighbours.put(device, {name, *sends_to})
             return attachment
 
-    def _hand_over(self, attachment: _Attachment, fd: int, mode: Mode, deadline: float) -> None:
-        worker = attachment.worker
-        where = f"{attachment.name}: worker {worker.index} (pid {worker.pid})"
-        timeout = DataplaneError("worker_timeout", f"{where} has not answered for {REQUEST_TIMEOUT_S:g} s", retry=True)
+    def _meeting_place(self, attachment: Attachment, sends_to: frozenset[str]) -> WorkerProcess:
+        """Under the lock: the worker where a device meets all that it will exchange packets with."""
+        keys = self._neighbours.of({attachment.name, *sends_to})
+        return self._of_most(keys) or attachment.worker
 
-        def request(sequence: int) -> Attach:
-            return Attach(sequence, attachment.slot, attachment.serial, mode, attachment.name)
+    def _of_most(self, keys: Collection[str]) -> WorkerProcess | None:
+        """Under the lock: the live worker with most of these devices, those with more stages counting more."""
+        weights: dict[WorkerProcess, int] = {}
+        for key in keys:
+            held = self._attachments.get(key)
+            if held is not None and held.confirmed:
+                # A tap ends when its device is moved.
+                weight = 1 + len(held.stages) + 1000 * len(held.taps)
+                weights[held.worker] = weights.get(held.worker, 0) + weight
+        return max(weights, key=lambda worker: weights[worker]) if weights else None
 
+    def _gather(self, attachment: Attachment, worker: WorkerProcess, sends_to: frozenset[str], deadline: float) -> None:
+        """Bring everything that a device exchanges packets with to its worker."""
+        with self._lock:
+            keys = self._neighbours.of({attachment.name, *sends_to})
+            elsewhere = [
+                held
+                for key in keys
+                if (held := self._attachments.get(key)) is not None
+                and held is not attachment
+                and held.confirmed
+                and held.worker is not worker
+            ]
+        for held in elsewhere:
+            with self._claimed(held.device) as claimed:
+                self._move(claimed, worker, deadline)
+
+    def _move(self, held: Attachment, worker: WorkerProcess, deadline: float) -> None:
+        """Hand a device from its worker to another. What the kernel queues for it waits meanwhile.
+
+        If the other does not take it, it is lost as if its worker had died, and told of.
+        """
+
+        def request(sequence: int) -> Request:
+            return Release(sequence, held.slot, held.serial)
+
+        reply, fd = self._ask(held, request, deadline, ())
+        if reply.error or fd is None:
+            raise DataplaneError("worker_gone", f"{held.name}: {_errno_text(reply.error)}", retry=True)
+        trouble: DataplaneError | None = None
         try:
-            if not worker.answered:
-                # It may just be slow to start, which is no reason to kill it: see first, send then.
-                try:
-                    worker.ping(deadline)
-                except NoAnswerError:
-                    raise timeout from None
+            with self._lock:
+                if self._attachments.get(held.device) is not held:
+                    return  # its worker died right after, and the watcher has told of it
+                held.leave()
+                ended = self._taken_taps(held)
+                held.confirmed = False
+                held.worker.free_slots.append(held.slot)
+                held.stages = []
+                self._serial += 1
+                held.worker, held.serial = worker, self._serial
+                held.slot = worker.free_slots.pop() if worker.free_slots else -1
+            self._tell_taps(held, ended, "the interface went to another worker")
+            try:
+                if held.slot < 0:
+                    raise DataplaneError("worker_full", f"worker {worker.index} is full", retry=True)
+                self._hand_over(held, fd, deadline, then="changing")
+            except DataplaneError as error:
+                trouble = error
+        finally:
+            os.close(fd)
+        if trouble is not None:
+            with self._lock:
+                self._keep(held)
+                self._devices_lost += 1
+            self._tell_lost([(held, trouble.message)])
+
+    def _hand_over(self, attachment: Attachment, fd: int, deadline: float, then: Busy | None = None) -> None:
+        """Give `fd` and the work to the attachment's worker. Raises DataplaneError; no worker has it then."""
+        worker = attachment.worker
+
+        def request(sequence: int) -> Request:
+            return Attach(sequence, attachment.slot, attachment.serial)
+
+        if not worker.answered:
+            # It may just be slow to start, which is no reason to kill it: see first, send then.
+            try:
+                worker.ping(deadline)
+            except (NoAnswerError, NotAskedError):
+                raise self._timeout(attachment) from None
+            except PeerGoneError:
+                self._see_dead(worker, attachment.name, EXIT_TIMEOUT_S)
+                raise DataplaneError("worker_gone", f"{_where(attachment)} died", retry=True) from None
+        stages, files = self._stages(attachment, attachment.work, ())
+        try:
+            setup = _setup(attachment, attachment.work, stages, [])
             failpoints.reach("dataplane.hand_over.before", fails=True)
-            error = worker.ask(request, deadline, fd)
+            body = written(setup)
+            files.append(body)
+            reply, _ = self._ask(attachment, request, deadline, [fd, body, *files[:-1]])
             failpoints.reach("dataplane.hand_over.after")
-        except NotAskedError:
-            raise timeout from None
-        except NoAnswerError:
-            # The fd is on its way or already there. It must not stay with a worker that nobody can ask back.
-            self._log.error("worker killed: it does not answer", worker=worker.index, device=attachment.name)
-            self._see_dead(worker, attachment.name, 0.0)
-            raise timeout from None
-        except PeerGoneError:
-            self._see_dead(worker, attachment.name, EXIT_TIMEOUT_S)
-            raise DataplaneError("worker_gone", f"{where} died", retry=True) from None
         except OSError as failure:
             raise DataplaneError(
                 "attach_refused", f"{attachment.name}: {_errno_text(failure.errno or 0)}", retry=False
             ) from failure
-        if error:
-            retry = error in (errno.EMFILE, errno.ENOMEM)
-            raise DataplaneError("attach_refused", f"{where}: {_errno_text(error)}", retry=retry)
+        finally:
+            close_all(files)
+        _raise_refusal(attachment, reply)
         with self._lock:
             if self._attachments.get(attachment.device) is not attachment:
-                raise DataplaneError("worker_gone", f"{where} died", retry=True)
+                raise DataplaneError("worker_gone", f"{_where(attachment)} died", retry=True)
+            attachment.stages = stages
+            attachment.name_figures(json.loads(reply.text))
             attachment.confirmed = True
-            attachment.busy = False
+            attachment.busy = then
             self._last.pop(attachment.device, None)
+            if stages:
+                self._poke()  # from now on the loop is looked at
+
+    def _reconfigure(
+        self,
+        attachment: Attachment,
+        work: Work,
+        taps: Sequence[Held],
+        deadline: float,
+        files_of_tap: Sequence[int] = (),
+    ) -> None:
+        """Have the worker change the stages. `files_of_tap` are those of a tap that is new, the first of `taps`."""
+
+        def request(sequence: int) -> Request:
+            return Configure(sequence, attachment.slot, attachment.serial)
+
+        with self._lock:
+            old = [held for held in attachment.stages if held is not None]
+        stages, files = self._stages(attachment, work, old)
+        try:
+            body = written(_setup(attachment, work, stages, taps))
+            files.append(body)
+            reply, _ = self._ask(attachment, request, deadline, [body, *files_of_tap, *files[:-1]])
+        except OSError as failure:
+            raise DataplaneError(
+                "attach_refused", f"{attachment.name}: {_errno_text(failure.errno or 0)}", retry=True
+            ) from failure
+        finally:
+            close_all(files)
+        _raise_refusal(attachment, reply)
+        with self._lock:
+            if self._attachments.get(attachment.device) is not attachment:
+                raise DataplaneError("worker_gone", f"{_where(attachment)} died", retry=True)
+            if work.chain != attachment.work.chain:
+                self._crashes.forget(attachment.device)
+            attachment.stages, attachment.taps, attachment.work = stages, list(taps), work
+            attachment.name_figures(json.loads(reply.text))
+            self._poke()
+
+    def _stages(self, attachment: Attachment, work: Work, old: Sequence[Held]) -> tuple[list[Held | None], list[int]]:
+        """A chain's stages as a worker is to be told, with the descriptors of the new ones, in order."""
+        with self._lock:
+            bypassed = self._crashes.bypassed(attachment.device, work.chain)
+            areas = attachment.free_areas()
+        by_area = {held.setup.area: held for held in old}
+        same = unchanged([held.setup for held in old], work.chain)
+        stages: list[Held | None] = []
+        files: list[int] = []
+        try:
+            for place, (stage, kept) in enumerate(zip(work.chain, same, strict=True)):
+                if place in bypassed:
+                    stages.append(None)
+                elif kept is not None:
+                    held = by_area[kept.area]
+                    setup = StageSetup(kept.area, place, stage, 0)
+                    stages.append(Held(setup, held.figures, held.memory))
+                else:
+                    made, own = self._provisions.stage(attachment.device, attachment.name, place, areas.pop(0), stage)
+                    stages.append(made)
+                    files += own
+        except BaseException:
+            close_all(files)
+            raise
+        return stages, files
+
+    def _ask(
+        self, attachment: Attachment, request: Callable[[int], Request], deadline: float, fds: Sequence[int]
+    ) -> tuple[Reply, int | None]:
+        """Ask an attachment's worker. One that has the request and does not answer is killed: nobody could say what
+        it holds. Raises DataplaneError `worker_timeout`, `worker_gone`; OSError if `fds` cannot be sent.
+        """
+        worker = attachment.worker
+        try:
+            return worker.ask_back(request, deadline, fds)
+        except NotAskedError:
+            raise self._timeout(attachment) from None
+        except NoAnswerError:
+            self._log.error("worker killed: it does not answer", worker=worker.index, device=attachment.name)
+            self._see_dead(worker, attachment.name, 0.0)
+            raise self._timeout(attachment) from None
+        except PeerGoneError:
+            self._see_dead(worker, attachment.name, EXIT_TIMEOUT_S)
+            raise DataplaneError("worker_gone", f"{_where(attachment)} died", retry=True) from None
+
+    @staticmethod
+    def _timeout(attachment: Attachment) -> DataplaneError:
+        message = f"{_where(attachment)} has not answered for {REQUEST_TIMEOUT_S:g} s"
+        return DataplaneError("worker_timeout", message, retry=True)
+
+    @contextmanager
+    def _claimed(self, device: str) -> Iterator[Attachment]:
+        """An attachment that nobody else changes meanwhile. Raises DataplaneError `not_attached`, `device_busy`."""
+        with self._lock:
+            attachment = self._attachments.get(device)
+            if attachment is None or not (attachment.confirmed or attachment.busy):
+                raise DataplaneError("not_attached", f"{device}: no worker has it", retry=True)
+            self._claim(attachment, "changing")
+        try:
+            yield attachment
+        finally:
+            with self._lock:
+                attachment.busy = None
+
+    @staticmethod
+    def _claim(attachment: Attachment, busy: Busy) -> None:
+        if attachment.busy:
+            raise _busy(attachment)
+        attachment.busy = busy
 
     def _see_dead(self, worker: WorkerProcess, device: str, patience_s: float) -> None:
         """Wait for a worker that is about to die, then kill it; return when it is dead, so has no file open."""
@@ -441,7 +750,7 @@ class Supervisor:
             with self._lock:
                 held = self._attachments.get(device)
                 if held is not None and held.confirmed:
-                    held.busy = False
+                    held.busy = None
             raise DataplaneError(
                 "worker_stuck", f"{device}: worker {worker.index} (pid {worker.pid}) survives SIGKILL", retry=True
             )
@@ -464,13 +773,15 @@ class Supervisor:
 
     # -- under the lock
 
-    def _release(self, attachment: _Attachment) -> None:
+    def _release(self, attachment: Attachment) -> None:
         """Forget an attachment whose device no live worker holds, if it is still known."""
         if self._attachments.get(attachment.device) is attachment:
             del self._attachments[attachment.device]
-            attachment.worker.free_slots.append(attachment.slot)
+            self._neighbours.remove(attachment.device)
+            if attachment.slot >= 0:
+                attachment.worker.free_slots.append(attachment.slot)
 
-    def _keep(self, attachment: _Attachment) -> DeviceCounters:
+    def _keep(self, attachment: Attachment) -> DeviceCounters:
         """Forget an attachment, but keep its last figures."""
         final = attachment.figures()
         self._release(attachment)
@@ -493,6 +804,7 @@ class Supervisor:
                 if self._closing:
                     break
             self._start_due()
+            self._kill_stuck()
             # Fixed before anything is done: a worker started in this turn may have the fd numbers of one that
             # was buried in it, and must not be taken for it.
             ready = [(fd, self._watched.get(fd)) for fd, _ in self._epoll.poll(self._until_due_s())]
@@ -516,6 +828,26 @@ class Supervisor:
         with self._lock:
             lost = self._take_lost(worker)
         self._tell_lost(lost)
+        if self._on_poke is not None:
+            try:
+                self._on_poke()
+            except Exception:  # noqa: BLE001 - whatever it is, see on_exit
+                self._log.exception("on_poke failed", worker=worker.index)
+
+    def _kill_stuck(self) -> None:
+        """Kill workers whose loop has not turned for `STUCK_S`, though there was something to do."""
+        now = time.monotonic()
+        for post in self._posts:
+            worker = post.live
+            if worker is None:
+                continue
+            turn = worker.box.turn()
+            if turn is None or turn != worker.turn:
+                worker.turn, worker.turned = turn, now
+            elif now - worker.turned >= STUCK_S and not worker.stuck:
+                worker.stuck = True
+                self._log.error("worker killed: it is stuck", worker=worker.index, pid=worker.pid)
+                worker.kill()
 
     def _start_due(self) -> None:
         for post in self._posts:
@@ -528,6 +860,8 @@ class Supervisor:
     def _until_due_s(self) -> float | None:
         with self._lock:
             due = [post.due for post in self._posts if post.due is not None and (self._running or not post.deaths)]
+            if any(held.work.chain or held.taps for held in self._attachments.values()):
+                due.append(time.monotonic() + LOOK_S)
         return max(0.0, min(due) - time.monotonic()) if due else None
 
     def _spawn(self, post: _Post) -> None:
@@ -535,7 +869,11 @@ class Supervisor:
         try:
             failpoints.reach("dataplane.spawn.before", fails=True)
             worker = WorkerProcess(
-                post.index, python=self._python, slots=self._devices_per_worker, packets_per_s=packets_per_s
+                post.index,
+                python=self._python,
+                slots=self._devices_per_worker,
+                packets_per_s=packets_per_s,
+                custom=self._processors,
             )
         except OSError as failure:
             with self._lock:
@@ -555,11 +893,11 @@ class Supervisor:
             post.due = None
             self._lock.notify_all()
 
-    def _vacate(self, post: _Post, reason: str, started: float) -> None:
+    def _vacate(self, post: _Post, reason: str, started: float, *, blamed: bool = False) -> None:
         now = time.monotonic()
         post.live = None
         post.reason = reason
-        post.deaths = 1 if now - started >= STEADY_S else post.deaths + 1
+        post.deaths = 1 if blamed or now - started >= STEADY_S else post.deaths + 1
         post.due = now + respawn_delay_s(post.deaths)
 
     def _bury(self, worker: WorkerProcess) -> None:
@@ -573,31 +911,81 @@ class Supervisor:
         with self._lock:
             lost = self._take_lost(worker)
             last: dict[str, DeviceCounters] = {}
+            crash = self._blame(worker, status)
+            taps: list[tuple[Attachment, list[_EndedTap]]] = []
             for held in [held for held in self._attachments.values() if held.worker is worker]:
                 if not held.confirmed:
                     self._release(held)
                     continue
+                taps.append((held, self._taken_taps(held)))
                 final = self._keep(held)
-                if not held.busy:  # else somebody is detaching it and gets the figures
+                if held.busy != "detaching":  # else who does gets the figures
                     last[held.device] = final
-            self._vacate(self._posts[worker.index], status, worker.started)
+            # A crash that has its own back-off must not keep the other devices waiting.
+            self._vacate(self._posts[worker.index], status, worker.started, blamed=crash is not None)
             report = self._running and not self._closing
             self._lock.notify_all()
         self._tell_lost(lost)
+        for held, ended in taps:
+            self._tell_taps(held, ended, f"its worker died: {status}")
         if not report:
             return
         self._start_due()
         self._log.warning("worker died", worker=worker.index, pid=worker.pid, status=status, devices=sorted(last))
-        exit_ = WorkerExit(worker.index, worker.pid, status, frozenset(last), last)
+        exit_ = WorkerExit(worker.index, worker.pid, status, frozenset(last), last, crash)
         try:
             self._on_exit(exit_)
         except Exception:  # noqa: BLE001 - whatever it is, see below
             # The caller's trouble must not leave the workers without a watcher.
             self._log.exception("on_exit failed", worker=worker.index)
 
-    def _take_lost(self, worker: WorkerProcess) -> list[tuple[_Attachment, str]]:
+    def _blame(self, worker: WorkerProcess, status: str) -> Crash | None:
+        """Under the lock, with the worker's attachments in place: the processor that a worker died of, if one is."""
+        remains = worker.box.read()
+        if remains is None or (status == "signal SIGKILL" and not worker.stuck):
+            return None
+        held = next(
+            (
+                held
+                for held in self._attachments.values()
+                if held.worker is worker and held.serial == remains.serial and held.confirmed
+            ),
+            None,
+        )
+        found = held.by_area(remains.area) if held is not None else None
+        if held is None or found is None:
+            return None
+        place, stage = found
+        then = self._crashes.crashed(held.device, held.work.chain, place, time.monotonic())
+        error = f"it did not come to an end for {STUCK_S:g} s" if worker.stuck else remains.error
+        return Crash(
+            held.device,
+            held.name,
+            place,
+            str(stage.setup.spec["processor"]),
+            error,
+            remains.packet,
+            remains.packet_bytes,
+            then,
+        )
+
+    def _taken_taps(self, held: Attachment) -> list["_EndedTap"]:
+        """Under the lock: take its taps off an attachment that ends; their ids and last figures."""
+        taps, held.taps = held.taps, []
+        return [(tap.tap, held.own_figures(tap)) for tap in taps if tap.tap is not None]
+
+    def _tell_taps(self, held: Attachment, ended: list["_EndedTap"], reason: str) -> None:
+        for tap, figures in ended:
+            if self._on_tap_ended is None:
+                continue
+            try:
+                self._on_tap_ended(held.device, tap, figures, reason)
+            except Exception:  # noqa: BLE001 - whatever it is, see on_exit
+                self._log.exception("on_tap_ended failed", device=held.name)
+
+    def _take_lost(self, worker: WorkerProcess) -> list[tuple[Attachment, str]]:
         """Under the lock: forget the devices that `worker` has let go of by itself; return them and why."""
-        lost: list[tuple[_Attachment, str]] = []
+        lost: list[tuple[Attachment, str]] = []
         for held in [held for held in self._attachments.values() if held.worker is worker and held.confirmed]:
             error = worker.counters.lost(held.slot)
             if error:
@@ -606,8 +994,11 @@ class Supervisor:
                 lost.append((held, _errno_text(error)))
         return lost
 
-    def _tell_lost(self, lost: list[tuple[_Attachment, str]]) -> None:
+    def _tell_lost(self, lost: list[tuple[Attachment, str]]) -> None:
         for held, reason in lost:
+            with self._lock:
+                ended = self._taken_taps(held)
+            self._tell_taps(held, ended, reason)
             self._log.warning("device lost", device=held.name, reason=reason)
             if self._on_device_lost is None:
                 continue
@@ -636,3 +1027,25 @@ class Supervisor:
 
 def _errno_text(error: int) -> str:
     return f"{errno.errorcode.get(error, error)}: {os.strerror(error)}"
+
+
+def _busy(held: Attachment) -> DataplaneError:
+    return DataplaneError("device_busy", f"{held.name}: being attached or detached", retry=True)
+
+
+def _where(held: Attachment) -> str:
+    return f"{held.name}: worker {held.worker.index} (pid {held.worker.pid})"
+
+
+def _setup(held: Attachment, work: Work, stages: Sequence[Held | None], taps: Sequence[Held]) -> Setup:
+    """What a worker is told; taps see packets as the wire would, so they are before all stages."""
+    told = [each.setup for each in (*taps, *stages) if each is not None]
+    return Setup(held.name, held.mode, work.mtu, work.vnet_hdr, tuple(told))
+
+
+def _raise_refusal(held: Attachment, reply: Reply) -> None:
+    if reply.error == errno.EBADRQC:
+        raise DataplaneError("stage_refused", f"{held.name}: {reply.text}", retry=False)
+    if reply.error:
+        retry = reply.error in (errno.EMFILE, errno.ENOMEM)
+        raise DataplaneError("attach_refused", f"{_where(held)}: {_errno_text(reply.error)}", retry=retry)

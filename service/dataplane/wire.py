@@ -5,34 +5,40 @@ A codec: nothing here owns a socket or decides what an answer means.
 Theory of operation. Two Unix sockets of type SOCK_SEQPACKET, so one send is one message and the peer's end is
 seen as an empty one:
 
-    control   supervisor -> worker   Attach (with the device's fd by SCM_RIGHTS), Detach, Ping
-              worker -> supervisor   Reply, one for each request and in their order
+    control   supervisor -> worker   Attach, Configure, Feed (with descriptors by SCM_RIGHTS), Detach, Release, Ping
+              worker -> supervisor   Reply, one for each request and in their order; Release's brings the device back
     lines     worker -> supervisor   PacketLine; never waited for
 
 The supervisor asks and waits, one request at a time; an answer that it gave up on is recognised by its
-sequence number and dropped. The end of control, however it came about, tells the worker to exit.
+sequence number and dropped. What may be long, a device's `work.Setup`, travels as a memfd. The end of control, however
+it came about, tells the worker to exit.
 That a device was lost goes another way that cannot fill up: the worker writes the errno into the device's slot
 (see `layout`) and pokes an eventfd; the supervisor looks at all of the worker's slots.
 """
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias, assert_never
-
-Mode: TypeAlias = Literal["tun", "tap"]
+from typing import Final, TypeAlias, assert_never
 
 NAME_MAX_BYTES: Final = 255
-MESSAGE_MAX_BYTES: Final = 4096
+MESSAGE_MAX_BYTES: Final = 16_384
 """No message is longer; a longer line is cut."""
 
-_REQUEST: Final = struct.Struct("<BBxxIQQ")  # kind, mode, slot, sequence, serial
+TEXT_MAX_BYTES: Final = 12_288
+FDS_MAX: Final = 250
+"""SCM_MAX_FD is 253 (include/net/scm.h)."""
+
+_REQUEST: Final = struct.Struct("<BxHIQQ")  # kind, area, slot, sequence, serial
 _REPLY: Final = struct.Struct("<QI")  # sequence, errno
 _LINE: Final = struct.Struct("<QB")  # suppressed, bytes of the name
 
 _ATTACH: Final = 1
 _DETACH: Final = 2
 _PING: Final = 3
-_MODES: Final[tuple[Mode, ...]] = ("tun", "tap")
+_CONFIGURE: Final = 4
+_RELEASE: Final = 5
+_FEED: Final = 6
 
 
 class WireError(Exception):
@@ -41,13 +47,44 @@ class WireError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Attach:
-    """Read packets from the fd that comes with this. `serial` is unique to this attach, `name` is for lines."""
+    """Read packets from the first fd that comes with this, as the `work.Setup` in the second says; the rest are files
+    for its stages. `serial` is unique to this attach.
+    """
 
     sequence: int
     slot: int
     serial: int
-    mode: Mode
-    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Configure:
+    """Do with the device's packets what the `work.Setup` in the first fd says; the rest are files for new stages.
+
+    If one of them is refused everything stays as it was.
+    """
+
+    sequence: int
+    slot: int
+    serial: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Let go of the device as for Detach, and hand it back with the answer, its queue as it is."""
+
+    sequence: int
+    slot: int
+    serial: int
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """Give the file that comes with this to the stage with this area."""
+
+    sequence: int
+    slot: int
+    serial: int
+    area: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +103,27 @@ class Ping:
     sequence: int
 
 
-Request: TypeAlias = Attach | Detach | Ping
+_OF_A_DEVICE: Final[Mapping[int, type[Attach | Configure | Release | Detach]]] = {
+    _ATTACH: Attach,
+    _CONFIGURE: Configure,
+    _RELEASE: Release,
+    _DETACH: Detach,
+}
+
+Request: TypeAlias = Attach | Configure | Release | Feed | Detach | Ping
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The answer to the request with this sequence number; `error` is an errno, 0 if it was done."""
+    """The answer to the request with this sequence number; `error` is an errno, 0 if it was done.
+
+    `text`: why not, for people, if the errno does not say it; of Attach and Configure that were done, the names of each
+    stage's figures as JSON, by area.
+    """
 
     sequence: int
     error: int
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +139,16 @@ class PacketLine:
 
 
 def encode_request(request: Request) -> bytes:
-    """Return the bytes of a request. Raises WireError if the name has over `NAME_MAX_BYTES`."""
+    """Return the bytes of a request."""
     match request:
-        case Attach(sequence, slot, serial, mode, name):
-            encoded = name.encode()
-            if len(encoded) > NAME_MAX_BYTES:
-                raise WireError(f"name: {len(encoded)} bytes, at most {NAME_MAX_BYTES}")
-            return _REQUEST.pack(_ATTACH, _MODES.index(mode), slot, sequence, serial) + encoded
+        case Attach(sequence, slot, serial):
+            return _REQUEST.pack(_ATTACH, 0, slot, sequence, serial)
+        case Configure(sequence, slot, serial):
+            return _REQUEST.pack(_CONFIGURE, 0, slot, sequence, serial)
+        case Release(sequence, slot, serial):
+            return _REQUEST.pack(_RELEASE, 0, slot, sequence, serial)
+        case Feed(sequence, slot, serial, area):
+            return _REQUEST.pack(_FEED, area, slot, sequence, serial)
         case Detach(sequence, slot, serial):
             return _REQUEST.pack(_DETACH, 0, slot, sequence, serial)
         case Ping(sequence):
@@ -107,28 +159,29 @@ def encode_request(request: Request) -> bytes:
 
 def decode_request(data: bytes) -> Request:
     """Return the request that `encode_request` made `data` of. Raises WireError."""
-    if len(data) < _REQUEST.size:
-        raise WireError(f"a request of {len(data)} bytes, at least {_REQUEST.size}")
-    kind, mode, slot, sequence, serial = _REQUEST.unpack_from(data)
-    if kind == _ATTACH and mode < len(_MODES):
-        return Attach(sequence, slot, serial, _MODES[mode], data[_REQUEST.size :].decode(errors="replace"))
-    if kind == _DETACH:
-        return Detach(sequence, slot, serial)
+    if len(data) != _REQUEST.size:
+        raise WireError(f"a request of {len(data)} bytes, expected {_REQUEST.size}")
+    kind, area, slot, sequence, serial = _REQUEST.unpack(data)
+    if kind == _FEED:
+        return Feed(sequence, slot, serial, area)
     if kind == _PING:
         return Ping(sequence)
-    raise WireError(f"a request of kind {kind}, mode {mode}")
+    if kind in _OF_A_DEVICE:
+        return _OF_A_DEVICE[kind](sequence, slot, serial)
+    raise WireError(f"a request of kind {kind}")
 
 
 def encode_reply(reply: Reply) -> bytes:
-    """Return the bytes of a reply."""
-    return _REPLY.pack(reply.sequence, reply.error)
+    """Return the bytes of a reply, its text cut to `TEXT_MAX_BYTES`."""
+    return _REPLY.pack(reply.sequence, reply.error) + reply.text.encode()[:TEXT_MAX_BYTES]
 
 
 def decode_reply(data: bytes) -> Reply:
     """Return the reply that `encode_reply` made `data` of. Raises WireError."""
-    if len(data) != _REPLY.size:
-        raise WireError(f"a reply of {len(data)} bytes, expected {_REPLY.size}")
-    return Reply(*_REPLY.unpack(data))
+    if len(data) < _REPLY.size:
+        raise WireError(f"a reply of {len(data)} bytes, at least {_REPLY.size}")
+    sequence, error = _REPLY.unpack_from(data)
+    return Reply(sequence, error, data[_REPLY.size :].decode(errors="replace"))
 
 
 def encode_line(line: PacketLine) -> bytes:

@@ -1,206 +1,172 @@
-"""The program that a worker process runs: read packets off the devices it was handed, count them, drop them.
+"""The program that a worker process runs: its loop, and what the supervisor asks of it.
 
 One thread, one loop, nothing that waits but the loop's own poll. It opens nothing, logs nothing, decides
 nothing about interfaces, and must stay light to import: a replaced worker's start-up time is time in which
-nobody reads.
+nobody reads. What happens to packets is `device`'s and `stages`' business.
 
-Theory of operation. The supervisor starts it as a fresh interpreter with the numbers of four inherited fds:
-control (requests and their answers, see `wire`), memory (the counters, see `layout`), notice (an eventfd to
-poke when a device was lost) and lines (packets in words, -1 if nobody wants them). It sheds what it does not
-need and turns its loop:
+Theory of operation. The supervisor starts it as a fresh interpreter with the numbers of five inherited fds:
+control (requests and their answers, see `wire`), memory (the counters, see `layout`), box (the packets' buffers, see
+`blackbox`), notice (an eventfd to poke when the service should look) and lines (packets in words, -1 if nobody wants
+them). It imports every processor, sheds what it does not need and turns its loop:
 
-    poll -> a device is readable   read a batch, count it by class, go to the next device
-         -> control is readable    one request: attach, detach or ping, and its answer
+    poll -> a device is readable   read a batch, count it, through its chain; go to the next device
+         -> control is readable    one request, and its answer
          -> control has ended      exit; the kernel closes every device
+         -> a second has passed    processors' `tick`
 
 How it ends. The service's death ends control, which ends the loop; and if the loop does not turn (stopped,
 stuck), PR_SET_PDEATHSIG kills it all the same. Either way a TUN is free at once for the next opener. Signals that
 a terminal or a service manager sends to whole groups (INT, QUIT, HUP) are ignored: the service decides.
+What a processor raises ends it, too, and is left in the black box.
 
-Fairness. A device gets `BATCH_PACKETS` reads a turn, and epoll hands out ready fds round robin, so a busy one
+Fairness. A device gets `BATCH_MAX` reads a turn, and epoll hands out ready fds round robin, so a busy one
 starves neither the others nor control.
 """
 
-import ctypes
+import contextlib
 import errno
-import io
+import json
 import os
-import resource
 import select
-import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, assert_never
 
+from service.dataplane import stages, work
+from service.dataplane.blackbox import AREA, BUSY, SERIAL, TURN, BlackBox
+from service.dataplane.confinement import confine
+from service.dataplane.device import Device, Ports
 from service.dataplane.layout import CounterWriter
+from service.dataplane.registry import Registry
 from service.dataplane.wire import (
+    FDS_MAX,
     MESSAGE_MAX_BYTES,
     Attach,
+    Configure,
     Detach,
-    Mode,
+    Feed,
     Ping,
+    Release,
     Reply,
     Request,
     decode_request,
     encode_reply,
 )
-from service.packet.classify import classify, classify_frame
 
 if TYPE_CHECKING:
     from service.dataplane.packet_lines import PacketLines
 
-BATCH_PACKETS: Final = 64
-"""Reads of one device in a turn: 64 x 2.5 us = 0.16 ms until the next one has its turn."""
-
 TURN_DEVICES: Final = 256
-"""Ready fds taken in one poll: 256 x 0.16 ms = 41 ms at worst until control is looked at again."""
+"""Ready fds taken in one poll: 256 x 64 x 2.5 us = 41 ms, and the chains' time, until control is looked at again."""
 
-BUFFER_BYTES: Final = 65_536 + 22
-"""The largest packet with an Ethernet header and two VLAN tags."""
-
-LINES_TURN_S: Final = 1.0
-
-_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
-_PR_SET_NAME: Final = 15
-_PR_SET_NO_NEW_PRIVS: Final = 38
-_CAPABILITY_VERSION_3: Final = 0x20080522  # linux/capability.h
+TICK_S: Final = 1.0
 
 
-def confine(index: int, parent_pid: int) -> None:
-    """Give up what a reader of packets does not need, and tie this process's life to its parent's.
+class RefusedError(Exception):
+    """Why a request is not done: an errno, and words if it does not say enough."""
 
-    No capability and no way to get one (reading an open TUN needs none), no signals meant for the service (systemd
-    sends SIGTERM to the whole group, and the service still needs its workers to stop in order), as
-    many open files as allowed. Exits at once if the parent has already died, since PDEATHSIG would then never
-    come. Raises OSError if the kernel refuses. Sources: prctl(2), capset(2); credentials come first, because
-    changing them may clear PDEATHSIG (kernel/cred.c, commit_creds).
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    libc = ctypes.CDLL(None, use_errno=True)
-    _prctl(libc, _PR_SET_NAME, f"tunledger-dp{index}".encode())
-    _prctl(libc, _PR_SET_NO_NEW_PRIVS, 1)
-    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    nothing = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice 32 bits each
-    if libc.capset(header, nothing) != 0:
-        raise OSError(ctypes.get_errno(), "capset")
-    _prctl(libc, _PR_SET_PDEATHSIG, int(signal.SIGKILL))
-    if os.getppid() != parent_pid:
-        os._exit(0)
-
-
-def _prctl(libc: ctypes.CDLL, option: int, argument: int | bytes) -> None:
-    value = argument if isinstance(argument, bytes) else ctypes.c_ulong(argument)
-    if libc.prctl(option, value, ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)) != 0:
-        raise OSError(ctypes.get_errno(), f"prctl {option}")
-
-
-class _Device:
-    """An attached device. Closing `file` closes the fd."""
-
-    __slots__ = ("classify", "counted_from", "fd", "file", "mode", "name", "serial", "slot")
-
-    def __init__(self, request: Attach, fd: int, counted_from: int) -> None:
-        self.fd: Final = fd
-        self.file: Final = io.FileIO(fd, "rb")
-        self.slot: Final = request.slot
-        self.serial: Final = request.serial
-        self.name: Final = request.name
-        self.mode: Final[Mode] = request.mode
-        self.classify: Final[Callable[[bytearray, int], int]] = classify if request.mode == "tun" else classify_frame
-        self.counted_from: Final = counted_from
-        """The word in the counters where its from_kernel figures start."""
+    def __init__(self, error: int, text: str = "") -> None:
+        super().__init__(text)
+        self.error: Final = error
+        self.text: Final = text
 
 
 class Worker:
     """The loop and what it holds. `run` returns when control has ended."""
 
     def __init__(
-        self, control: socket.socket, counters: CounterWriter, notice: int, lines: "PacketLines | None"
+        self,
+        control: socket.socket,
+        counters: CounterWriter,
+        box: BlackBox,
+        notice: int,
+        lines: "PacketLines | None",
+        registry: Registry,
     ) -> None:
         """`control` is a SOCK_SEQPACKET, `notice` an eventfd; both stay the caller's to close."""
         self._control = control
         self._counters = counters
+        self._box = box
         self._notice = notice
         self._lines = lines
+        self._registry = registry
+        self._ports = Ports()
         self._epoll = select.epoll()
         self._epoll.register(control.fileno(), select.EPOLLIN)
-        self._by_fd: dict[int, _Device] = {}
-        self._by_slot: dict[int, _Device] = {}
-        self._buffer: Final = bytearray(BUFFER_BYTES)
+        self._by_fd: dict[int, Device] = {}
+        self._by_slot: dict[int, Device] = {}
+        self._next_tick = time.monotonic() + TICK_S
 
     def run(self) -> None:
-        """Turn until control ends. Raises nothing that a packet or a device could cause."""
+        """Turn until control ends. Raises what a processor raises, told in the black box."""
         control = self._control.fileno()
-        lines = self._lines
-        serving = True
-        while serving:
-            timeout_s = LINES_TURN_S if lines is not None and lines.waiting else None
-            for fd, events in self._epoll.poll(timeout_s, TURN_DEVICES):
-                # One request a turn, so that an fd number closed in this turn has at most one new owner in it,
-                # and that one is only read once too often.
-                if fd == control:
-                    serving = self._serve()
-                elif (device := self._by_fd.get(fd)) is not None:
-                    self._drain(device, events)
-            if lines is not None and lines.waiting:
-                lines.flush()
+        box = self._box.words
+        try:
+            while True:
+                box[BUSY] = 0
+                ready = self._epoll.poll(self._timeout_s(), TURN_DEVICES)
+                box[TURN] += 1
+                box[BUSY] = 1
+                for fd, events in ready:
+                    # One request a turn, so that an fd number closed in this turn has at most one new owner in it,
+                    # and that one is only read once too often.
+                    if fd == control:
+                        if not self._serve():
+                            self._end()
+                            return
+                    elif (device := self._by_fd.get(fd)) is not None:
+                        error = device.drain(events)
+                        if error:
+                            self._lose(device, error)
+                if time.monotonic() >= self._next_tick:
+                    self._tick()
+        except BaseException as error:
+            if box[AREA] and not self._box.noted:
+                self._box.note(error, None)
+            raise
 
-    def _drain(self, device: _Device, events: int) -> None:
-        """Read up to a batch from `device` and count it; let go of the device if it is gone."""
-        # FileIO.readinto is one read(2) into the same buffer again and again, like os.readv, but says None
-        # instead of raising when there is nothing to read: 15 % less per packet, 30 % less for the last turn.
-        read = device.file.readinto
-        classify_packet = device.classify
-        buffer = self._buffer
-        lines = self._lines
-        words = self._counters.words
-        error = 0
-        # Packets of one class come in runs: add a run at once, not each packet.
-        run_class = run_packets = run_bytes = 0
-        for _ in range(BATCH_PACKETS):
-            try:
-                length = read(buffer)
-            except OSError as failure:
-                # EBADFD: deleted (drivers/net/tun.c, tun_chr_read_iter). EFAULT: while it was being deleted.
-                error = failure.errno or errno.EIO
-                break
-            if not length:
-                if length is not None:
-                    error = errno.EPIPE  # the end of a socket; a TUN has none
-                elif events & (select.EPOLLERR | select.EPOLLHUP):
-                    error = errno.ENODEV  # being unregistered (tun.c, tun_chr_poll)
-                break
-            kind = classify_packet(buffer, length)
-            if kind != run_class:
-                at = device.counted_from + 2 * run_class
-                words[at] += run_packets
-                words[at + 1] += run_bytes
-                run_class = kind
-                run_packets = run_bytes = 0
-            run_packets += 1
-            run_bytes += length
-            if lines is not None:
-                lines.packet(device.name, device.mode, buffer, length)
-            # The chain of processors belongs here, between counting and the next read into `buffer`. Until
-            # there is one, a packet ends here.
-        if run_packets:
-            at = device.counted_from + 2 * run_class
-            words[at] += run_packets
-            words[at + 1] += run_bytes
-        if error:
-            self._close(device)
-            self._counters.mark_lost(device.slot, error)
+    def _end(self) -> None:
+        """Close everything in good order."""
+        for device in list(self._by_fd.values()):
+            self._let_go(device)
+            device.close()
+
+    def _timeout_s(self) -> float | None:
+        if self._lines is None and not any(device.chain.stages for device in self._by_fd.values()):
+            return None
+        return max(0.0, self._next_tick - time.monotonic())
+
+    def _tick(self) -> None:
+        self._next_tick = time.monotonic() + TICK_S
+        if self._lines is not None and self._lines.waiting:
+            self._lines.flush()
+        self._ports.look()
+        now_ns = time.time_ns()
+        box = self._box.words
+        for device in self._by_fd.values():
+            for stage in device.chain.ticking:
+                box[SERIAL], box[AREA] = device.serial, stage.area + 1
+                stage.processor.tick(now_ns)
+                box[AREA] = 0
+
+    def _lose(self, device: Device, error: int) -> None:
+        self._let_go(device)
+        device.close()
+        self._counters.mark_lost(device.slot, error)
+        self._poke()
+
+    def _poke(self) -> None:
+        with contextlib.suppress(BlockingIOError):
             os.eventfd_write(self._notice, 1)
+
+    # -- requests
 
     def _serve(self) -> bool:
         """Do one request and answer it. Return False once control has ended."""
         try:
-            data, fds, _, _ = socket.recv_fds(self._control, MESSAGE_MAX_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+            data, fds, _, _ = socket.recv_fds(self._control, MESSAGE_MAX_BYTES, FDS_MAX, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return True
         except ConnectionError:
@@ -208,67 +174,168 @@ class Worker:
         if not data:
             return False
         request = decode_request(data)
-        reply = Reply(request.sequence, self._do(request, fds))
+        returned: list[int] = []
         try:
-            self._control.send(encode_reply(reply))
+            reply = Reply(request.sequence, 0, self._do(request, fds, returned))
+        except RefusedError as refused:
+            reply = Reply(request.sequence, refused.error, refused.text)
+        finally:
+            for fd in fds:  # what was not taken
+                os.close(fd)
+        try:
+            socket.send_fds(self._control, [encode_reply(reply)], returned)
         except (BlockingIOError, ConnectionError):
             # Nobody reads answers: the supervisor has given up on them, or is gone, which the next turn sees.
             pass
+        finally:
+            for fd in returned:
+                os.close(fd)
         return True
 
-    def _do(self, request: Request, fds: list[int]) -> int:
-        """Do as asked; return 0 or the errno of why not."""
+    def _do(self, request: Request, fds: list[int], returned: list[int]) -> str:
+        """Do as asked, taking out of `fds` what is kept; return what to say. Raises RefusedError."""
         match request:
             case Attach():
                 return self._attach(request, fds)
+            case Configure(_, slot, serial):
+                return self._configure(self._device(slot, serial), fds)
             case Detach(_, slot, serial):
                 device = self._by_slot.get(slot)
                 if device is not None and device.serial == serial:
-                    self._close(device)
-                return 0
+                    self._let_go(device)
+                    device.close()
+            case Release(_, slot, serial):
+                device = self._device(slot, serial)
+                self._let_go(device)
+                returned.append(os.dup(device.fd))
+                device.file.close()  # with its offloads: whoever takes it over takes them
+            case Feed(_, slot, serial, area):
+                stage = self._device(slot, serial).chain.by_area(area)
+                if stage is None:
+                    raise RefusedError(errno.ENOENT)
+                if not fds:
+                    raise RefusedError(errno.EMFILE)
+                if not stages.feed(stage, fds[0]):
+                    raise RefusedError(errno.EOPNOTSUPP)
+                del fds[0]
             case Ping():
-                return 0
+                pass
             case _ as unreachable:
                 assert_never(unreachable)
+        return ""
 
-    def _attach(self, request: Attach, fds: list[int]) -> int:
-        """Take the device; return 0 or the errno of why not, with the fd closed."""
-        if not fds:
-            return errno.EMFILE  # the kernel drops fds beyond RLIMIT_NOFILE (net/core/scm.c)
-        fd = fds[0]
+    def _device(self, slot: int, serial: int) -> Device:
+        device = self._by_slot.get(slot)
+        if device is None or device.serial != serial:
+            raise RefusedError(errno.ENODEV)
+        return device
+
+    def _attach(self, request: Attach, fds: list[int]) -> str:
+        if len(fds) < 2:
+            raise RefusedError(errno.EMFILE)  # the kernel drops fds beyond RLIMIT_NOFILE (net/core/scm.c)
         if request.slot >= self._counters.slots or request.slot in self._by_slot:
-            os.close(fd)
-            return errno.EINVAL
+            raise RefusedError(errno.EINVAL)
+        fd = fds[0]
+        setup = _read_setup(fds[1])
         try:
             os.set_blocking(fd, False)
             self._epoll.register(fd, select.EPOLLIN)
-            device = _Device(request, fd, self._counters.clear(request.slot))
         except OSError as failure:
-            os.close(fd)  # takes it out of the epoll set, too
-            return failure.errno or errno.EIO
+            raise RefusedError(failure.errno or errno.EIO) from failure
+        try:
+            device = Device(
+                fd,
+                request.slot,
+                request.serial,
+                setup,
+                counters=self._counters,
+                box=self._box,
+                ports=self._ports,
+                lines=self._lines,
+                poke=self._poke,
+            )
+        except BaseException:
+            self._epoll.unregister(fd)
+            raise
+        del fds[0]
+        try:
+            said = self._set_up(device, setup, fds)
+        except RefusedError:
+            self._epoll.unregister(fd)
+            device.file.close()
+            raise
         self._by_fd[fd] = self._by_slot[request.slot] = device
-        return 0
+        self._ports.add(device)
+        return said
 
-    def _close(self, device: _Device) -> None:
+    def _configure(self, device: Device, fds: list[int]) -> str:
+        if not fds:
+            raise RefusedError(errno.EMFILE)
+        return self._set_up(device, _read_setup(fds[0]), fds)
+
+    def _set_up(self, device: Device, setup: work.Setup, fds: list[int]) -> str:
+        """Give the device the stages of `setup`, whose memfd is the first of `fds`; the rest are files of stages."""
+        old = device.chain
+        kept = {stage.area for stage in setup.stages if old.by_area(stage.area) is not None}
+        wanted = sum(stage.files for stage in setup.stages if stage.area not in kept)
+        if len(fds) != 1 + wanted:
+            raise RefusedError(errno.EMFILE)
+        files = fds[1:]
+        del fds[1:]
+        self._box.words[SERIAL] = device.serial
+        try:
+            chain = stages.build(
+                setup,
+                old,
+                device,
+                registry=self._registry,
+                words=self._counters.words,
+                box=self._box,
+                files=files,
+            )
+        except stages.RefusedError as refused:
+            raise RefusedError(errno.EBADRQC, str(refused)) from refused
+        device.chain = chain
+        staying = {stage.area for stage in chain.stages}
+        stages.close([stage for stage in old.stages if stage.area not in staying], self._box)
+        return json.dumps(stages.figure_names(chain), separators=(",", ":"))
+
+    def _let_go(self, device: Device) -> None:
         # The fd must leave the epoll set by hand: a copy in flight or in the supervisor would keep it there.
         self._epoll.unregister(device.fd)
         del self._by_fd[device.fd], self._by_slot[device.slot]
+        self._ports.remove(device)
         if self._lines is not None:
             self._lines.forget(device.name)
-        device.file.close()
+        self._box.words[SERIAL] = device.serial
+        stages.close(device.chain.stages, self._box)
+        device.chain = stages.Chain()
 
 
-def main(arguments: list[str]) -> int:
-    """Run a worker: parent's pid, index, control, memory, notice, lines or -1, packets a second. Exit status."""
-    parent_pid, index, control_fd, memory_fd, notice_fd, lines_fd, packets_per_s = map(int, arguments)
+def _read_setup(fd: int) -> work.Setup:
+    return work.decode(os.pread(fd, os.fstat(fd).st_size, 0))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a worker; return the exit status.
+
+    The arguments: parent's pid, index, control, memory, box, notice, lines or -1, packets a second, and, as JSON,
+    folders to import other packages' processors from and their names.
+    """
+    parent_pid, index, control_fd, memory_fd, box_fd, notice_fd, lines_fd, packets_per_s = map(int, arguments[:8])
+    folders, custom = json.loads(arguments[8])
     counters = CounterWriter(memory_fd)
     os.close(memory_fd)
+    box = BlackBox(box_fd)
+    os.close(box_fd)
+    sys.path += folders
+    registry = Registry(custom)
     lines = _open_lines(lines_fd, packets_per_s) if lines_fd >= 0 else None
     # Everything is imported by now: without capabilities, other people's files may be out of reach.
     confine(index, parent_pid)
     with socket.socket(fileno=control_fd) as control:
         control.setblocking(False)
-        Worker(control, counters, notice_fd, lines).run()
+        Worker(control, counters, box, notice_fd, lines, registry).run()
     return 0
 
 

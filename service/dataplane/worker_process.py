@@ -5,19 +5,21 @@ and when a replacement is due belong to the supervisor.
 """
 
 import contextlib
+import json
 import os
 import select
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from service.dataplane import layout
-from service.dataplane.wire import MESSAGE_MAX_BYTES, Ping, Request, WireError, decode_reply, encode_request
+from service.dataplane import blackbox, layout
+from service.dataplane.wire import MESSAGE_MAX_BYTES, Ping, Reply, Request, WireError, decode_reply, encode_request
 
 _ROOT: Final = Path(__file__).resolve().parents[2]
 """Where the package `service` is: the repository, or site-packages."""
@@ -44,12 +46,15 @@ class PeerGoneError(Exception):
 class WorkerProcess:
     """A running worker. Thread-safe; `reap` is for the supervisor's watcher alone."""
 
-    def __init__(self, index: int, *, python: str, slots: int, packets_per_s: int | None) -> None:
+    def __init__(
+        self, index: int, *, python: str, slots: int, packets_per_s: int | None, custom: Mapping[str, str] | None = None
+    ) -> None:
         """Start a worker and return without waiting until it is up: it answers when it is.
 
         Must be called from a thread that outlives the worker: the kernel counts that thread, not the process,
         as the parent whose end brings PDEATHSIG (prctl(2)). `packets_per_s` is None if nobody wants packets in
-        words. Raises OSError if the process cannot be started.
+        words. `custom` are processors of other packages, which it finds where this process finds them. Raises OSError
+        if the process cannot be started.
         """
         self.index: Final = index
         self.started: Final = time.monotonic()
@@ -57,6 +62,10 @@ class WorkerProcess:
         """Under the supervisor's lock."""
         self.answered = False
         """Whether it has ever answered, so is up."""
+        self.turn: int | None = None
+        self.turned = self.started
+        self.stuck = False
+        """The watcher's: the last turn of its loop that was seen, since when, and whether it was killed for it."""
         self._asking = threading.Lock()
         # A pidfd's number may belong to the next worker once it is closed: it is used only under this lock.
         self._reaping = threading.Lock()
@@ -66,19 +75,23 @@ class WorkerProcess:
             memory = layout.create(slots)
             theirs.callback(os.close, memory)
             self.counters: Final = layout.CounterReader(memory)
+            box = blackbox.create()
+            theirs.callback(os.close, box)
+            self.box: Final = blackbox.Recovered(box)
             self._control, control = _pair(ours, theirs)
             self.notice: Final = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             ours.callback(os.close, self.notice)
-            inherited = [control.fileno(), memory, self.notice]
+            inherited = [control.fileno(), memory, box, self.notice]
             lines_fd = -1
             self.lines: socket.socket | None = None
             if packets_per_s is not None:
                 self.lines, lines = _pair(ours, theirs)
                 lines_fd = lines.fileno()
                 inherited.append(lines_fd)
-            arguments = (os.getpid(), index, control.fileno(), memory, self.notice, lines_fd, packets_per_s or 0)
+            numbers = (os.getpid(), index, control.fileno(), memory, box, self.notice, lines_fd, packets_per_s or 0)
+            others = json.dumps([sys.path if custom else [], custom or {}])
             self._process = subprocess.Popen(
-                [python, "-I", "-S", "-c", _PROGRAM, str(_ROOT), *map(str, arguments)],
+                [python, "-I", "-S", "-c", _PROGRAM, str(_ROOT), *map(str, numbers), others],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=None,  # a traceback is for the service's own log
@@ -93,12 +106,18 @@ class WorkerProcess:
             self.pidfd: Final = os.pidfd_open(self.pid)
             ours.pop_all()
 
-    def ask(self, request: Callable[[int], Request], deadline: float, fd: int | None = None) -> int:
-        """Send what `request` makes of a sequence number, and `fd` with it; return the errno answered, 0 if done.
+    def ask(self, request: Callable[[int], Request], deadline: float, fds: Sequence[int] = ()) -> Reply:
+        """Send what `request` makes of a sequence number, and `fds` with it; return the answer.
 
-        `deadline` is of time.monotonic(). Raises NotAskedError, NoAnswerError, PeerGoneError; OSError if `fd`
-        is none that can be sent.
+        `deadline` is of time.monotonic(). Raises NotAskedError, NoAnswerError, PeerGoneError; OSError if `fds`
+        are none that can be sent.
         """
+        return self.ask_back(request, deadline, fds)[0]
+
+    def ask_back(
+        self, request: Callable[[int], Request], deadline: float, fds: Sequence[int] = ()
+    ) -> tuple[Reply, int | None]:
+        """As `ask`, with the descriptor that came with the answer, the caller's to close."""
         if not self._asking.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise NotAskedError
         try:
@@ -109,13 +128,13 @@ class WorkerProcess:
             self._drop_late_answers()
             try:
                 self._control.settimeout(max(0.001, deadline - time.monotonic()))
-                socket.send_fds(self._control, [message], [] if fd is None else [fd])
+                socket.send_fds(self._control, [message], fds)
             except TimeoutError:
                 raise NotAskedError from None
             while True:
                 try:
                     self._control.settimeout(max(0.001, deadline - time.monotonic()))
-                    data = self._control.recv(MESSAGE_MAX_BYTES)
+                    data, returned, _, _ = socket.recv_fds(self._control, MESSAGE_MAX_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
                 except TimeoutError:
                     raise NoAnswerError from None
                 if not data:
@@ -123,7 +142,9 @@ class WorkerProcess:
                 reply = decode_reply(data)
                 if reply.sequence == self._sequence:
                     self.answered = True
-                    return reply.error
+                    return reply, returned[0] if returned else None
+                for fd in returned:
+                    os.close(fd)
         except (ConnectionError, WireError) as error:
             raise PeerGoneError from error
         finally:

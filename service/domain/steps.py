@@ -50,18 +50,6 @@ class DeleteLink:
 
 
 @dataclass(frozen=True, slots=True)
-class AdoptLink:
-    """Take over a link that carries our token already; changes nothing in the kernel."""
-
-    name: InterfaceName
-    ifindex: int
-    netns: str | None = None
-
-    def __str__(self) -> str:
-        return f"# adopt {link_key(self.netns, self.name)} (ifindex {self.ifindex})"
-
-
-@dataclass(frozen=True, slots=True)
 class SetName:
     """Give the link its name back."""
 
@@ -237,7 +225,6 @@ class StopProcessing:
 Step = (
     CreateLink
     | DeleteLink
-    | AdoptLink
     | SetName
     | SetAlias
     | SetLinkGroup

@@ -188,7 +188,7 @@ class Batch:
                 failpoints.reach("kernel.group.moved", fails=True)
                 if not self._is_ours_alone(group, leaving, left):
                     continue
-                self._route.change(netlink.link_message(netlink.RTM_DELLINK, 0, [("IFLA_GROUP", group)]))
+                self._route.change(netlink.link_message(netlink.RTM_DELLINK, 0, [(netlink.IFLA_GROUP, group)]))
                 failpoints.reach("kernel.group.deleted")
                 leaving.clear()
                 break
@@ -302,9 +302,9 @@ class Batch:
         link = netlink.link_message
         match step:
             case st.SetMtu():
-                return link(netlink.RTM_SETLINK, ifindex, [("IFLA_MTU", step.mtu)])
+                return link(netlink.RTM_SETLINK, ifindex, [(netlink.IFLA_MTU, step.mtu)])
             case st.SetTxQueueLen():
-                return link(netlink.RTM_SETLINK, ifindex, [("IFLA_TXQLEN", step.txqueuelen)])
+                return link(netlink.RTM_SETLINK, ifindex, [(netlink.IFLA_TXQLEN, step.txqueuelen)])
             case st.SetMac():
                 return netlink.mac_message(ifindex, step.mac)
             case st.SetUp():
@@ -312,7 +312,7 @@ class Batch:
             case st.SetDown():
                 return link(netlink.RTM_SETLINK, ifindex, up=False)
             case st.SetName():
-                return link(netlink.RTM_SETLINK, ifindex, [("IFLA_IFNAME", step.name)])
+                return link(netlink.RTM_SETLINK, ifindex, [(netlink.IFLA_IFNAME, step.name)])
             case st.SetAlias():
                 return netlink.alias_message(ifindex, str(step.token))
             case st.SetLinkGroup():
@@ -323,8 +323,6 @@ class Batch:
                 return netlink.address_message(netlink.RTM_DELADDR, ifindex, step.address)
             case st.SetOwner():
                 self._set_owner(step, ifindex)
-                return None
-            case st.AdoptLink():
                 return None
             case (
                 st.StartProcessing()
@@ -364,6 +362,8 @@ def attach_present(
     multi_queue: bool,
     ifindex: int,
     open_node: Callable[[str], int] = tundev.open_node,
+    *,
+    vnet_hdr: bool = False,
 ) -> int:
     """A descriptor on the device with this ifindex, and on none that has its name by now.
 
@@ -377,7 +377,7 @@ def attach_present(
         raise errnos.no_device_node(tun_path, error.errno or errno.EIO) from error
     try:
         try:
-            tundev.attach(fd, name, mode, multi_queue=multi_queue, exclusive=False)
+            tundev.attach(fd, name, mode, multi_queue=multi_queue, exclusive=False, vnet_hdr=vnet_hdr)
         except OSError as error:
             if error.errno == errno.EBUSY:
                 raise errnos.busy(name) from error
@@ -461,7 +461,7 @@ def _present_name(step: st.Step) -> str:
 
 
 def _group_message(ifindex: int, group: int) -> bytearray:
-    return netlink.link_message(netlink.RTM_SETLINK, ifindex, [("IFLA_GROUP", group)])
+    return netlink.link_message(netlink.RTM_SETLINK, ifindex, [(netlink.IFLA_GROUP, group)])
 
 
 def _read(data: bytes, start: int = 0, stop: int | None = None) -> Mark:

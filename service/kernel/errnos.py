@@ -122,15 +122,24 @@ def gone(name: str) -> NetlinkError:
 def holder(name: str) -> str | None:
     """The process that has a TUN device open, as "openvpn (pid 812)".
 
-    The driver names the device in fdinfo (tun_chr_show_fdinfo in drivers/net/tun.c). None if none is found or
-    /proc hides it. Slow (all processes): for error messages only.
+    The driver names the device in fdinfo (tun_chr_show_fdinfo in drivers/net/tun.c), and not its network namespace: of
+    a process in another one than ours it is only said that it may be. None if none is found or /proc hides it. Slow
+    (all processes): for error messages only.
     """
-    wanted = f"iff:\t{name}\n"
+    wanted, ours, elsewhere = f"iff:\t{name}\n", _namespace(Path("/proc/thread-self")), None
     for process in Path("/proc").glob("[0-9]*"):
         try:
             for entry in (process / "fdinfo").iterdir():
                 if wanted in entry.read_text():
-                    return f"{(process / 'comm').read_text().strip()} (pid {process.name})"
+                    found = f"{(process / 'comm').read_text().strip()} (pid {process.name})"
+                    if _namespace(process) == ours:
+                        return found
+                    elsewhere = f"another process, perhaps {found}, which is in another network namespace"
+                    break
         except OSError:
             continue  # it ended, or is not ours to look at
-    return None
+    return elsewhere
+
+
+def _namespace(process: Path) -> int:
+    return (process / "ns/net").stat().st_ino

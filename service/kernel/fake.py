@@ -26,6 +26,7 @@ from service.domain import steps as st
 from service.domain.decide import name_taken
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.observed import Host, HostNetwork, IpNetwork, LinkCounters, Observed, ObservedLink
+from service.domain.spec import Offloads
 from service.domain.token import Token, parse_token
 from service.domain.values import IPV6_MTU_MIN, MTU_MAX, MTU_MIN, TAP_MTU_MAX, Address, Mode
 from service.kernel import errnos
@@ -64,6 +65,7 @@ class _Link:
     own_ipv6: list[Address] = field(default_factory=list)  # which the kernel set by itself
     routes: list[IpNetwork] = field(default_factory=list)
     counters: LinkCounters = field(default_factory=LinkCounters)
+    vnet_hdr: bool = False
     readers: list[int] = field(default_factory=list)  # our ends of the descriptors given out
     held_by: str = ""  # a process of somebody else that has the device open
 
@@ -192,6 +194,7 @@ class FakeKernel:
                     ours.setblocking(False)
                     theirs.setblocking(False)
                     link.readers.append(ours.detach())
+                    link.vnet_hdr = step.processing.offloads is Offloads.AUTO
             except BaseException:
                 if theirs is not None:  # it failed on order after its effect: nobody gets the descriptor
                     theirs.close()
@@ -379,8 +382,6 @@ class FakeKernel:
                 _add_address(link, step.address, str(step))
             case st.RemoveAddress():
                 self._remove_address(link, step.address)
-            case st.AdoptLink():
-                pass
             case (
                 st.StartProcessing()
                 | st.ConfigureProcessing()
@@ -600,7 +601,7 @@ class Outside:
         """Have the host send a packet over the link: whoever reads the device gets it."""
         with self._link(name) as link:
             if link.held and link.readers:
-                os.write(link.readers[0], packet)
+                os.write(link.readers[0], bytes(10) + packet if link.vnet_hdr else packet)
 
     def hold(self, name: str, by: str = "openvpn (pid 812)") -> None:
         """A process of somebody else opens the device, and keeps it open; "" ends that."""
@@ -659,6 +660,7 @@ def _seen(link: _Link, *, addresses: bool = True) -> ObservedLink:
         link_group=link.link_group,
         multi_queue=link.multi_queue,
         persist=link.persist and link.mode is not None,
+        vnet_hdr=link.vnet_hdr,
         addresses=link.addresses if addresses else (),
         counters=link.counters,
     )

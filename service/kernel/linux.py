@@ -5,6 +5,7 @@ Blocking; meant for the one applier thread, whose network namespace it works in.
 """
 
 import errno
+import os
 import platform
 import re
 import secrets
@@ -14,6 +15,7 @@ from service.domain import steps as st
 from service.domain.decide import name_taken
 from service.domain.errors import TunledgerError
 from service.domain.observed import Host, HostNetwork, Observed, ObservedLink
+from service.domain.spec import Offloads
 from service.domain.token import Token
 from service.kernel import errnos, netlink, tundev
 from service.kernel.batch import Batch, attach_present
@@ -120,6 +122,8 @@ class LinuxKernel:
     def open_device(self, step: st.StartProcessing, token: Token) -> int:
         """A descriptor attached to our device, for the worker to read. The caller owns and closes it.
 
+        Unless offloads are off, its packets come and go behind a virtio_net_hdr, as large as this kernel makes them.
+
         Raises:
             TunledgerError: device_busy (naming the holder), device_gone, tun_missing, permission_denied.
         """
@@ -130,9 +134,23 @@ class LinuxKernel:
             link = netlink.read_link(body, 0, len(body))
             if link.token != token:
                 raise name_taken(step.name)
-            return attach_present(
-                self._route, self._tun_path, step.name, step.mode, step.multi_queue, link.ifindex, self._open_node
+            offloads = step.processing.offloads is Offloads.AUTO
+            fd = attach_present(
+                self._route,
+                self._tun_path,
+                step.name,
+                step.mode,
+                step.multi_queue,
+                link.ifindex,
+                self._open_node,
+                vnet_hdr=offloads,
             )
+            try:
+                tundev.offer(fd, offloads=offloads)
+            except BaseException:
+                os.close(fd)
+                raise
+            return fd
 
     # -- looking
 

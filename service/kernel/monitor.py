@@ -62,10 +62,10 @@ _ATTR = struct.Struct("=HH")
 _ALIAS_OF_OURS = b"tunledger:"
 
 # What a link is, without what comes and goes by itself, and addresses, which have messages of their own.
-_PASSING = {"running", "carrier", "operstate", "flags", "counters", "addresses", "ifindex", "token"}
+_PASSING = {"running", "carrier", "operstate", "flags", "counters", "addresses", "ifindex", "token", "netns"}
 _lasting = attrgetter(*(each.name for each in fields(ObservedLink) if each.name not in _PASSING))
 
-Mark = int  # the number of a message
+Moment = int  # the number of a message
 _Key = TypeVar("_Key", int, str)
 
 
@@ -146,6 +146,7 @@ class Watch:
         self._left: dict[int, int] = {}  # ifindex: number of its last RTM_DELLINK
         self._name_of: dict[int, bytes] = {}
         self._changed: dict[int, tuple[int, Token]] = {}
+        self._told: set[int] = set()  # changes that were taken and are not settled: back to what it was is news too
         self._gone: dict[int, tuple[int, Token]] = {}
         self._moved: dict[int, str] = {}
         self._names: dict[str, tuple[int, int]] = {}  # name: (number, ifindex)
@@ -163,6 +164,7 @@ class Watch:
         self.deaf = self._lost = True
         self._watched.clear()
         self._holder.clear()
+        self._told.clear()
         self._heard.clear()
         self._left.clear()
 
@@ -187,14 +189,14 @@ class Watch:
         elif kind in _OF_ADDRESSES:
             self._count(ifindex)
             watched = self._watched.get(ifindex)
-            if watched is not None and (ifindex in self._changed or not _known(watched, kind, data, start, stop)):
+            if watched is not None and (self._differs(ifindex) or not _known(watched, kind, data, start, stop)):
                 self._changed[ifindex] = self._numbers.last, watched.token
 
-    def mark(self) -> Mark:
+    def mark(self) -> Moment:
         """What was heard up to now; taken before a look."""
         return self._numbers.last
 
-    def settled(self, mark: Mark, links: Iterable[ObservedLink], gone: Collection[int] = ()) -> None:
+    def settled(self, mark: Moment, links: Iterable[ObservedLink], gone: Collection[int] = ()) -> None:
         """Somebody took `mark`, then looked, and acts upon what he saw: what was heard before is old.
 
         Messages that only say what was seen make no news. What was heard after the mark stays news.
@@ -215,7 +217,7 @@ class Watch:
             for name in [name for name, (_, ifindex) in self._names.items() if ifindex in gone]:
                 _forget(self._names, name, mark)
 
-    def _settle(self, mark: Mark, link: ObservedLink) -> None:
+    def _settle(self, mark: Moment, link: ObservedLink) -> None:
         ifindex = link.ifindex
         watched = self._watched.get(ifindex)
         token = watched.token if watched is not None else link.token
@@ -236,19 +238,14 @@ class Watch:
             self._changed[ifindex] = self._heard[ifindex], token
         self._watched[ifindex] = now
         self._holder[token] = ifindex
+        self._told.discard(ifindex)
 
     def _unwatch(self, ifindex: int) -> _Watched | None:
         watched = self._watched.pop(ifindex, None)
+        self._told.discard(ifindex)
         if watched is not None and self._holder.get(watched.token) == ifindex:
             del self._holder[watched.token]
         return watched
-
-    def forget(self, ifindexes: Iterable[int]) -> None:
-        """Watch these no longer, and drop the news of them."""
-        for ifindex in ifindexes:
-            self._unwatch(ifindex)
-            for known in (self._changed, self._gone, self._moved):
-                known.pop(ifindex, None)
 
     def vouches(self, ifindex: int, token: Token) -> bool:
         """Whether the device with this ifindex is the one that was seen with this token."""
@@ -278,6 +275,7 @@ class Watch:
             frozenset(self._names),
             self._lost,
         )
+        self._told |= self._changed.keys() & self._watched.keys()
         self._changed, self._gone, self._moved, self._names, self._lost = {}, {}, {}, {}, False
         return news
 
@@ -290,6 +288,10 @@ class Watch:
         lost = self._lost
         self.deafen()
         self._lost = lost
+
+    def _differs(self, ifindex: int) -> bool:
+        """Whether it is known to be not as it was seen, so that a message that says what was seen is no old one."""
+        return ifindex in self._changed or ifindex in self._told
 
     def _count(self, ifindex: int) -> None:
         number = self._numbers.next()
@@ -310,7 +312,7 @@ class Watch:
                 self._tell_name(ifindex, name, always=ours)
                 if before is not None:
                     self._tell_name(ifindex, before)
-        if watched is not None and (ifindex in self._changed or not _as_seen(watched, data, start, stop)):
+        if watched is not None and (self._differs(ifindex) or not _as_seen(watched, data, start, stop)):
             self._changed[ifindex] = self._numbers.last, watched.token
 
     def _link_left(self, ifindex: int, data: bytes | memoryview, start: int, stop: int) -> None:
@@ -610,12 +612,12 @@ class Monitor:
                 self._open_inside(post, fd)
             self._wake()  # there is another to wait for
 
-    def drain(self) -> Mark:
+    def drain(self) -> Moment:
         """Read what is queued, without waiting. To be called before a look; `settled` takes the mark."""
         with self._drained():
             return self._numbers.last
 
-    def settled(self, mark: Mark, links: Iterable[ObservedLink], gone: Collection[Place] = ()) -> None:
+    def settled(self, mark: Moment, links: Iterable[ObservedLink], gone: Collection[Place] = ()) -> None:
         """See `Watch.settled`. Give it only what the look saw to be ours, and one link for each token."""
         with self._lock:
             if len(self._posts) == 1:
@@ -634,13 +636,6 @@ class Monitor:
                 for netns in left:
                     self._leave_if_empty(netns)
             self._nudge()
-
-    def forget(self, places: Iterable[Place]) -> None:
-        """See `Watch.forget`."""
-        with self._lock:
-            for netns, ifindex in places:
-                if netns in self._posts:
-                    self._posts[netns].watch.forget([ifindex])
 
     def vouches(self, ifindex: int, token: Token, netns: str | None = None) -> bool:
         """Whether the device that has this ifindex now is the one that `settled` was given with this token.

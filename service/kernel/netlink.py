@@ -1,15 +1,15 @@
-"""A blocking rtnetlink socket, and readers for the few messages that we read all the time.
+"""A blocking rtnetlink socket, and the few messages that we send and read.
 
-pyroute2 encodes what we send (`link_message`, `address_message`); its sockets are not used, since they hide a retry
-of up to 9 s on EBUSY and hold back sequence numbers. Its decoder needs 370 us for one link, ours 15 us, and counters
-read every link every few seconds: hence the readers here. Many messages go out in one datagram, which the kernel works
+pyroute2 is not used, but to judge in tests what is sent from here. Its sockets hide a retry of up to 9 s on EBUSY and
+hold back sequence numbers; its decoder needs 370 us for one link, ours 15 us; to encode a message takes it 50 us, five
+times as long as the kernel needs to carry it out, and to be imported a tenth of a second, in the middle of the recovery
+of everything. Many messages go out in one datagram, which the kernel works
 off while it is sent: that costs a tenth of asking one at a time. Formats: rtnetlink(7), include/uapi/linux/if_link.h,
 if_addr.h, rtnetlink.h. Raises plain OSError (`NetlinkError`); `linux` puts it into words.
 """
 
 import errno
 import fcntl
-import functools
 import ipaddress
 import os
 import socket
@@ -17,7 +17,6 @@ import struct
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from service.domain.observed import LinkCounters, ObservedLink
 from service.domain.token import Token, parse_token
@@ -73,12 +72,13 @@ def _align(length: int) -> int:
 
 def attributes(data: bytes | memoryview, offset: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Walk nlattrs: (type, start, stop) of each value in `data`; stops at the first that does not fit."""
+    unpack = _ATTR.unpack_from
     while offset + 4 <= end:
-        length, kind = _ATTR.unpack_from(data, offset)
+        length, kind = unpack(data, offset)
         if length < 4 or offset + length > end:
             return
         yield kind & 0x3FFF, offset + 4, offset + length
-        offset += _align(length)
+        offset += (length + 3) & ~3
 
 
 class RouteSocket:
@@ -330,92 +330,51 @@ def _absent(refusal: NetlinkError | None) -> NetlinkError | None:
     return None if refusal is None or refusal.errno in {errno.ENODEV, errno.ENOENT} else refusal
 
 
-# Messages to the kernel. Those of one kind are alike but for a few bytes, and pyroute2 needs some 50 us to encode one,
-# five times as long as the kernel to carry it out: each kind is encoded once, and the bytes that differ are put in at
-# the offsets that rtnetlink(7) gives, or where the template has its placeholder.
-ENCODED_KEPT = 4096
+# Messages to the kernel, for `change`. What is put into them has been judged by `service.domain.values`.
 _FLAGS_AT = 6 if sys.byteorder == "little" else 7  # the low byte of nlmsg_flags in struct nlmsghdr
 _SEQUENCE_AT = 8
-_LINK_INDEX_AT = 16 + 4  # struct nlmsghdr, then ifi_index in struct ifinfomsg
-_PREFIXLEN_AT, _ADDRESS_INDEX_AT = 16 + 1, 16 + 4  # struct nlmsghdr, then struct ifaddrmsg
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_TXQLEN, IFLA_IFALIAS, IFLA_GROUP = 1, 3, 4, 13, 20, 27
+IFA_ADDRESS, IFA_LOCAL = 1, 2
 
 
 def link_message(
-    kind: int, ifindex: int, attrs: Sequence[tuple[str, Any]] = (), *, up: bool | None = None
+    kind: int, ifindex: int, attrs: Sequence[tuple[int, int | str]] = (), *, up: bool | None = None
 ) -> bytearray:
-    """A link message for `change`; `up` sets or clears IFF_UP and touches no other flag."""
-    return _addressed(bytearray(_encoded_link(kind, tuple(attrs), up)), _LINK_INDEX_AT, ifindex)
+    """A link message: attributes that are a u32, or text. `up` sets or clears IFF_UP and touches no other flag."""
+    values = (_U32.pack(value) if isinstance(value, int) else value.encode("ascii") + b"\0" for _, value in attrs)
+    found = [_attribute(attr, value) for (attr, _), value in zip(attrs, values, strict=True)]
+    flags, change = (0, 0) if up is None else (IFF_UP if up else 0, IFF_UP)
+    return _message(kind, 0, _IFINFOMSG.pack(socket.AF_UNSPEC, 0, ifindex, flags, change), *found)
 
 
 def alias_message(ifindex: int, alias: str) -> bytearray:
     """A link message that sets the ifalias."""
-    placeholder = "?" * len(alias)
-    template = _encoded_link(RTM_SETLINK, (("IFLA_IFALIAS", placeholder),), None)
-    return _addressed(_filled(template, placeholder.encode(), alias.encode("ascii")), _LINK_INDEX_AT, ifindex)
+    return link_message(RTM_SETLINK, ifindex, [(IFLA_IFALIAS, alias)])
 
 
 def mac_message(ifindex: int, mac: str) -> bytearray:
     """A link message that sets the hardware address, "02:00:00:00:12:34"."""
-    template = _encoded_link(RTM_SETLINK, (("IFLA_ADDRESS", "3f:3f:3f:3f:3f:3f"),), None)
-    return _addressed(_filled(template, b"??????", bytes.fromhex(mac.replace(":", ""))), _LINK_INDEX_AT, ifindex)
+    address = _attribute(IFLA_ADDRESS, bytes.fromhex(mac.replace(":", "")))
+    return _message(RTM_SETLINK, 0, _IFINFOMSG.pack(socket.AF_UNSPEC, 0, ifindex, 0, 0), address)
 
 
 def address_message(kind: int, ifindex: int, address: Address) -> bytearray:
-    """An address message for `change`; a new address replaces an equal one instead of failing."""
-    template, placeholder = _encoded_address(kind, address.version)
-    message = _filled(template, placeholder, address.ip.packed)
-    message[_PREFIXLEN_AT] = address.prefixlen
-    return _addressed(message, _ADDRESS_INDEX_AT, ifindex)
-
-
-def _filled(template: bytes, placeholder: bytes, value: bytes) -> bytearray:
-    assert placeholder in template
-    assert len(value) == len(placeholder)
-    return bytearray(template.replace(placeholder, value))
-
-
-def _addressed(message: bytearray, at: int, ifindex: int) -> bytearray:
-    _U32.pack_into(message, at, ifindex)
-    return message
-
-
-def warm_up() -> None:
-    """Import what the first change needs, which takes 0.1 s, so that no command waits for it."""
-    _encoded_link(RTM_SETLINK, (), True)
-    for version in (4, 6):
-        _encoded_address(RTM_NEWADDR, version)
-
-
-@functools.lru_cache(ENCODED_KEPT)
-def _encoded_link(kind: int, attrs: tuple[tuple[str, Any], ...], up: bool | None) -> bytes:
-    from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg  # 0.1 s, which a start that changes nothing can do without
-
-    message = ifinfmsg()
-    if up is not None:
-        message["flags"] = IFF_UP if up else 0
-        message["change"] = IFF_UP
-    message["attrs"] = list(attrs)
-    message["header"]["type"] = kind
-    message["header"]["flags"] = NLM_F_REQUEST
-    message.encode()
-    return bytes(message.data)
-
-
-@functools.cache
-def _encoded_address(kind: int, version: int) -> tuple[bytes, bytes]:
-    """The template, and the placeholder that stands in it for the address."""
-    from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg  # as above
-
-    message = ifaddrmsg()
-    placeholder = b"?" * (4 if version == 4 else 16)
-    text = str(ipaddress.ip_address(placeholder))
-    message["family"] = socket.AF_INET if version == 4 else socket.AF_INET6
-    message["attrs"] = [("IFA_LOCAL", text), ("IFA_ADDRESS", text)]
-    message["header"]["type"] = kind
+    """An address message; a new address replaces an equal one instead of failing."""
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    packed = address.ip.packed
     create = NLM_F_CREATE | NLM_F_REPLACE if kind == RTM_NEWADDR else 0
-    message["header"]["flags"] = NLM_F_REQUEST | create
-    message.encode()
-    return bytes(message.data), placeholder
+    header = _IFADDRMSG.pack(family, address.prefixlen, 0, 0, ifindex)
+    return _message(kind, create, header, _attribute(IFA_LOCAL, packed), _attribute(IFA_ADDRESS, packed))
+
+
+def _message(kind: int, flags: int, *parts: bytes) -> bytearray:
+    body = b"".join(parts)
+    return bytearray(_NLMSGHDR.pack(_NLMSGHDR.size + len(body), kind, NLM_F_REQUEST | flags, 0, 0) + body)
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    """A struct nlattr with its value; its length does not count the padding."""
+    return (_ATTR.pack(4 + len(value), kind) + value).ljust(_align(4 + len(value)), b"\0")
 
 
 def link_request(name: str | None = None, ifindex: int = 0) -> bytes:
@@ -423,8 +382,7 @@ def link_request(name: str | None = None, ifindex: int = 0) -> bytes:
     fifth of the answer; those of the link come with it all the same."""
     body = _IFINFOMSG.pack(socket.AF_UNSPEC, 0, ifindex, 0, 0)
     if name is not None:
-        text = name.encode("ascii") + b"\0"
-        body += (_ATTR.pack(4 + len(text), 3) + text).ljust(_align(4 + len(text)), b"\0")  # IFLA_IFNAME
+        body += _attribute(IFLA_IFNAME, name.encode("ascii") + b"\0")
     return body + _ATTR.pack(8, 29) + _U32.pack(RTEXT_FILTER_SKIP_STATS)  # IFLA_EXT_MASK
 
 

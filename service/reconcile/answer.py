@@ -30,6 +30,10 @@ class Clock(Protocol):
         """How long until a UTC time in that form; negative if it is past."""
         ...
 
+    def elapsed_s(self) -> float:
+        """Seconds on a clock that nobody sets, and that goes on while the host sleeps; its zero means nothing."""
+        ...
+
     def new_id(self) -> str:
         """A new UUIDv7."""
         ...

@@ -4,7 +4,6 @@ Commands that wait at the same time are surveyed for in one look and converged i
 `converge`'s; what is to be done, and what of it is recorded, does not belong in here either.
 """
 
-import asyncio
 from collections.abc import Callable, Sequence
 from types import EllipsisType
 from typing import TypeVar
@@ -18,6 +17,7 @@ from service.domain.token import Token
 from service.domain.values import InterfaceId, InterfaceName, NodeId
 from service.reconcile.applier import Applier
 from service.reconcile.converge import Result, Wanted, compare, converge_each, inspect, look, sights
+from service.reconcile.crossing import Crossing
 from service.reconcile.hands import Hands
 
 Survey = tuple[tuple[str, ...], bool]  # keys of links, and whether the networks in use are wanted too
@@ -27,14 +27,14 @@ T = TypeVar("T")
 class Applying:
     """For the event loop's thread. What goes wrong is a TunledgerError."""
 
-    def __init__(self, *, node: NodeId, applier: Applier, hands: Hands) -> None:
+    def __init__(self, *, node: NodeId, applier: Applier, hands: Hands, crossing: Crossing) -> None:
         self.hands = hands
-        self._node, self._applier = node, applier
+        self._node, self._applier, self._crossing = node, applier, crossing
         self._formerly: dict[InterfaceId, frozenset[str | None]] = {}
 
     async def run(self, job: Callable[[], T]) -> T:
         """Do something in the applier's thread."""
-        return await asyncio.wrap_future(self._applier.run(job))
+        return await self._crossing.result(self._applier.run(job))
 
     def wanted(
         self,
@@ -64,7 +64,7 @@ class Applying:
 
     async def survey(self, survey: Survey) -> Host:
         """Who holds some names, and which networks others use."""
-        return await asyncio.wrap_future(self._applier.join(self._survey_each, survey))
+        return await self._crossing.result(self._applier.join(self._survey_each, survey))
 
     def _survey_each(self, surveys: Sequence[Survey]) -> list[Host]:
         """In the applier's thread: one look for all that wait."""
@@ -75,7 +75,7 @@ class Applying:
     async def converge(self, wanted: Sequence[Wanted]) -> list[Result]:
         """Bring interfaces to what is wanted of them, in one batch with all that waits; errors are in the results."""
         try:
-            return await asyncio.wrap_future(self._applier.join(self._converge_each, wanted))
+            return await self._crossing.result(self._applier.join(self._converge_each, wanted))
         except TunledgerError as error:
             return [Result(each, error=error) for each in wanted]
 

@@ -5,7 +5,8 @@ with the results is the engine's business. Many interfaces go together: one look
 one look again; one that fails, fails alone.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from service import failpoints
@@ -91,14 +92,13 @@ def look(hands: Hands, wanted: Sequence[Wanted]) -> tuple[dict[InterfaceId, Sigh
 def sights(
     wanted: Iterable[Wanted],
     observed: Observed,
-    attached: Collection[str],
+    attached: Mapping[str, Processing],
     monitor: Monitor | None = None,
-    applied: Mapping[InterfaceId, Processing] | None = None,
 ) -> dict[InterfaceId, Sight]:
     """Match interfaces to links: a link under the wanted name counts first, then one that bears the token, then the
-    one that was the interface's own until now and was watched all the time, whatever its alias says. `attached` and
-    `applied` tell what workers hold, and do with it. A token counts in the network namespaces that the interface is or
-    was to be in: what others moved elsewhere is theirs to bring back.
+    one that was the interface's own until now and was watched all the time, whatever its alias says. `attached`
+    tells what workers hold, and do with it. A token counts in the network namespaces that the interface is or was to
+    be in: what others moved elsewhere is theirs to bring back.
     """
     by_token = {(link.token, link.netns): link for link in observed.links.values() if link.token is not None}
     by_place: Mapping[Place, ObservedLink] | None = None
@@ -117,7 +117,7 @@ def sights(
         found[each.id] = Sight(
             link=link,
             attached=each.id in attached,
-            applied=(applied or {}).get(each.id),
+            applied=attached.get(each.id),
             occupant=named if named is not link else None,
             blind=observed.closed.get(each.netns) if each.netns is not None else None,
         )
@@ -210,6 +210,9 @@ def remove_orphans(hands: Hands, orphans: Iterable[ObservedLink]) -> list[tuple[
     return list(zip(present, hands.kernel.execute_many(work), strict=True))
 
 
+_OF_WORKERS = st.StopProcessing | st.StartProcessing | st.ConfigureProcessing
+
+
 @dataclass(slots=True)
 class _UnderWay:
     """An interface with the steps to carry out."""
@@ -220,7 +223,7 @@ class _UnderWay:
 
     def of_kernel(self) -> list[st.Step]:
         """The steps that the kernel does; a plan has those of the workers before and after them."""
-        return [step for step in self.steps if not isinstance(step, st.StopProcessing | st.StartProcessing)]
+        return [step for step in self.steps if not isinstance(step, _OF_WORKERS)]
 
     @property
     def alive(self) -> bool:
@@ -229,7 +232,7 @@ class _UnderWay:
 
 
 def _carry_out(hands: Hands, under_way: Sequence[_UnderWay]) -> None:
-    """First the workers let go, then the kernel changes all at once, then the workers take up."""
+    """First the workers let go, then the kernel changes all at once, then the workers take up, or change over."""
     for each in under_way:
         for step in each.steps:
             if isinstance(step, st.StopProcessing):
@@ -247,6 +250,10 @@ def _carry_out(hands: Hands, under_way: Sequence[_UnderWay]) -> None:
         for step in each.steps:
             if isinstance(step, st.StartProcessing) and each.alive:
                 _start(hands, each.result, step)
+            elif isinstance(step, st.ConfigureProcessing) and each.alive:
+                _configure(hands, each.result, step)
+        if each.alive and each.sight.applied is not None and any(isinstance(step, st.SetMtu) for step in each.steps):
+            _tell_mtu(hands, each.result.wanted)
 
 
 def _stop(hands: Hands, result: Result, step: st.StopProcessing) -> None:
@@ -264,12 +271,38 @@ def _start(hands: Hands, result: Result, step: st.StartProcessing) -> None:
     try:
         failpoints.reach("dataplane.attach.before")
         fd = hands.kernel.open_device(step, result.wanted.token)
-        hands.dataplane.attach(step.interface_id, fd, mode=step.mode.value, name=step.name)
+        mtu = _mtu(result.wanted)
+        hands.dataplane.attach(
+            step.interface_id, fd, mode=step.mode.value, name=step.name, processing=step.processing, mtu=mtu
+        )
         failpoints.reach("dataplane.attach.after")
     except TunledgerError as error:
         result.error = error
     except Exception as error:  # noqa: BLE001  # as above
         result.error = _worker_failed(step, error)
+
+
+def _configure(hands: Hands, result: Result, step: st.ConfigureProcessing) -> None:
+    result.steps.append(step)
+    try:
+        failpoints.reach("dataplane.configure.before")
+        hands.dataplane.configure(step.interface_id, step.processing, _mtu(result.wanted))
+        failpoints.reach("dataplane.configure.after")
+    except Exception as error:  # noqa: BLE001  # as above
+        result.error = _worker_failed(step, error)
+
+
+def _tell_mtu(hands: Hands, wanted: Wanted) -> None:
+    """Tell the processors of a device that is read on; they take it as a hint, so it is no failure if none is there."""
+    applied = hands.dataplane.attached().get(wanted.id)
+    if applied is not None and applied.chain:
+        with contextlib.suppress(Exception):  # a worker that died will be told when it is replaced
+            hands.dataplane.configure(wanted.id, applied, _mtu(wanted))
+
+
+def _mtu(wanted: Wanted) -> int:
+    assert wanted.spec is not None  # what is to be gone is not read
+    return wanted.spec.mtu
 
 
 def _worker_failed(step: st.Step, error: Exception) -> TunledgerError:

@@ -2,6 +2,9 @@
 
 A take-back is an intent like any other, and comes to its outcome as all do (`finishing`). Which change awaits what is
 desired state, folded from the log; which of them may be confirmed is `decide`'s.
+
+The log has a deadline as wall time, which is what counts after a restart. A process that has seen it once goes by a
+clock that nobody sets: who sets the host's time neither delays a take-back nor brings it on.
 """
 
 import time
@@ -31,6 +34,19 @@ class Deadlines:
     def __init__(self, *, journal: Journal, locks: Locks, finishing: Finishing, render: Renderer) -> None:
         self._journal, self._locks, self._finishing, self._render = journal, locks, finishing, render
         self._take_backs: dict[CommandId, tuple[int, float]] = {}  # that failed: how often, and when to try again
+        self._due: dict[CommandId, float] = {}  # on the clock of `elapsed_s`
+
+    def note(self) -> None:
+        """From now on those deadlines that are known now are kept, whatever the host's time is set to."""
+        waiting = {awaiting.command_id: awaiting for awaiting in self._journal.state.unconfirmed.values()}
+        self._due = {each: at for each, at in self._due.items() if each in waiting}
+        for each, awaiting in waiting.items():
+            if each not in self._due:
+                self._due[each] = self._journal.elapsed_s() + self._journal.seconds_until(awaiting.confirm_by)
+
+    def _left_s(self, awaiting: Unconfirmed) -> float:
+        """How long it may still be confirmed; not over 0 once it is to be taken back."""
+        return self._due[awaiting.command_id] - self._journal.elapsed_s()
 
     async def confirm(self, submission: cmd.Submission) -> Reply:
         """Make a change stay. Raises TunledgerError: not_awaiting."""
@@ -62,10 +78,10 @@ class Deadlines:
         """Undo every change that was not confirmed in time."""
         if self._journal.frozen is not None:
             return
-        now = self._journal.now()
+        self.note()
         overdue: dict[CommandId, list[Unconfirmed]] = {}
         for awaiting in self._journal.state.unconfirmed.values():
-            if awaiting.confirm_by <= now and self._take_back_in_s(awaiting) <= 0:
+            if self._left_s(awaiting) <= 0 and self._take_back_in_s(awaiting) <= 0:
                 overdue.setdefault(awaiting.command_id, []).append(awaiting)
         for command_id, changes in overdue.items():
             log.warning("not confirmed in time: taking back", command_id=command_id, names=[c.name for c in changes])
@@ -99,8 +115,9 @@ class Deadlines:
         """Seconds until the next unconfirmed change is due to be taken back; None if there is none."""
         if self._journal.frozen is not None:
             return None
+        self.note()
         awaited = [u for u in self._journal.state.unconfirmed.values() if not self._has_pending(u.name)]
-        due = [max(self._journal.seconds_until(u.confirm_by), self._take_back_in_s(u), 0.0) for u in awaited]
+        due = [max(self._left_s(u), self._take_back_in_s(u), 0.0) for u in awaited]
         return min(due, default=None)
 
     def _has_pending(self, name: str) -> bool:

@@ -42,6 +42,7 @@ from service.reconcile.applier import Applier
 from service.reconcile.applying import Applying
 from service.reconcile.converge import converge, look
 from service.reconcile.counting import Counting
+from service.reconcile.crossing import Crossing
 from service.reconcile.deadlines import Deadlines
 from service.reconcile.finishing import Finishing
 from service.reconcile.hands import Hands
@@ -59,7 +60,7 @@ from service.store.answers import Kept, Reply
 from service.store.counters import CounterKeeper
 from service.store.writer import LogWriter
 
-IN_FLIGHT_MAX = 256  # commands between their arrival and their outcome; more are refused as overloaded
+IN_FLIGHT_MAX = 256  # commands, confirmations and orders to reconcile that are not done; more are refused
 
 log = structlog.get_logger("tunledger.engine")
 
@@ -100,8 +101,11 @@ class Engine:
         self._writer, self._hands = writer, hands
         self._clock, self._render, self._publish = clock, render, publish
         self._obstacle = obstacle
-        self._journal = Journal(node=node, state=state, writer=writer, clock=clock, frozen=frozen)
-        self._applying = Applying(node=node, applier=applier, hands=hands)
+        self._crossing = Crossing()
+        self._journal = Journal(
+            node=node, state=state, writer=writer, clock=clock, crossing=self._crossing, frozen=frozen
+        )
+        self._applying = Applying(node=node, applier=applier, hands=hands, crossing=self._crossing)
         self._keys = Keys(recall, self._spawn)
         self._counting = Counting(
             node=node,
@@ -123,7 +127,7 @@ class Engine:
             troubles=self.troubles,
             render=render,
             look_again=self.look_again,
-            deadline_set=self.wake.set,
+            deadline_set=self._deadline_set,
         )
         self._deadlines = Deadlines(journal=self._journal, locks=self._locks, finishing=self._finishing, render=render)
         self._orphans = Orphans(journal=self._journal, applying=self._applying, knows=knows)
@@ -151,8 +155,7 @@ class Engine:
 
     def record(self, events: list[ev.Recorded]) -> None:
         """The writer's callback, in the writer's thread: have the loop take the events in, in order."""
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._recorded, events)
+        self._crossing.call(lambda: self._recorded(events))
 
     def _recorded(self, events: list[ev.Recorded]) -> None:
         self._journal.recorded(events)
@@ -171,10 +174,7 @@ class Engine:
                 With an Idempotency-Key only what a repetition may change; everything else is in the reply.
         """
         self._refuse_if_closed()
-        if len(self._tasks) >= IN_FLIGHT_MAX:
-            raise TunledgerError(
-                ErrorCode.OVERLOADED, f"{IN_FLIGHT_MAX} commands are being carried out; try again", retry=True
-            )
+        self._refuse_if_too_many()
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if submission.request.key:
             work = self._reply_to(submission, accepted)
@@ -231,14 +231,19 @@ class Engine:
         """Make a change stay that awaits confirmation: the one of command `submission.request.confirms`.
 
         Raises:
-            TunledgerError: not_awaiting.
+            TunledgerError: not_awaiting; overloaded.
         """
         self._refuse_if_closed()
+        self._refuse_if_too_many()
         work = self._deadlines.confirm(submission)
         if submission.request.key:
             return await asyncio.shield(self._keys.once(submission.actor, submission.request, work))
         reply: Reply = await asyncio.shield(self._spawn(work))
         return reply
+
+    def _deadline_set(self) -> None:
+        self._deadlines.note()
+        self.wake.set()
 
     async def take_back_overdue(self) -> None:
         """Undo every change that was not confirmed in time."""
@@ -303,6 +308,12 @@ class Engine:
                 retry=True,
             )
 
+    def _refuse_if_too_many(self) -> None:
+        if len(self._tasks) >= IN_FLIGHT_MAX:
+            raise TunledgerError(
+                ErrorCode.OVERLOADED, f"{IN_FLIGHT_MAX} commands are being carried out; try again", retry=True
+            )
+
     async def _carry_out(self, submission: cmd.Submission, accepted: "asyncio.Future[None] | None") -> Answer:
         names = [cmd.target(command) for command in submission.commands]
         keys: list[str] = [*names]
@@ -319,10 +330,19 @@ class Engine:
             return await self._finishing.intend_and_finish(submission, intents, accepted)
 
     async def _survey(self, submission: cmd.Submission) -> Host:
-        """What the commands are judged against: who holds their names, and which networks others use."""
-        keys = tuple(link_key(self._netns_of(command), cmd.target(command)) for command in submission.commands)
+        """What the commands are judged against: who holds their names, and which networks others use; without a look
+        at the host where neither is asked for.
+        """
         networks = any(_may_overlap(command) for command in submission.commands)
+        asked = [command for command in submission.commands if networks or self._is_new(command)]
+        if not asked:
+            return Host()
+        keys = tuple(link_key(self._netns_of(command), cmd.target(command)) for command in asked)
         return await self._applying.survey((keys, networks))
+
+    def _is_new(self, command: cmd.Command) -> bool:
+        """Whether a command may make an interface, or have it in another network namespace."""
+        return _may_declare(command) or (isinstance(command, cmd.PatchInterface) and "netns" in command.patch)
 
     def _netns_of(self, command: cmd.Command) -> str | None:
         """The network namespace in which a command will have its interface, as far as it makes sense."""
@@ -341,6 +361,7 @@ class Engine:
     async def start_up(self, started: ev.ServiceStarted) -> Summary:
         """Record the start, then bring the host to what the log says, and record the summary."""
         self._loop = asyncio.get_running_loop()
+        self._crossing.open()
         summary = await self._reconciling.start_up(started)
         self._wakeups.wake_for_news()
         return summary
@@ -392,6 +413,7 @@ class Engine:
     async def reconcile_for(self, submission: cmd.Submission) -> Reply:
         """Reconcile because a client asks; with an Idempotency-Key once only. Raises TunledgerError."""
         self._refuse_if_closed()
+        self._refuse_if_too_many()
         work = self._reconcile_for(submission)
         if submission.request.key:
             return await asyncio.shield(self._keys.once(submission.actor, submission.request, work))
@@ -399,14 +421,22 @@ class Engine:
         return reply
 
     async def _reconcile_for(self, submission: cmd.Submission) -> Reply:
-        summary = await self.reconcile_now()
         request, command_id = submission.request, submission.command_id
+        self._journal.refuse_if_frozen()
+        asked = self._journal.draft(
+            ev.node_stream(self.node),
+            ev.ReconcileRequested(request=request),
+            actor=submission.actor,
+            command_id=command_id,
+        )
+        await self._journal.append([asked])
+        summary = await self.reconcile_now()
         reply = Reply(200, msgspec.json.encode({"dry_run": False, **summary.to_json()}))
         if request.key:
             job = answers.closed(
                 submission.actor, request.key, request.fingerprint, command_id, self._clock.now(), reply
             )
-            await asyncio.wrap_future(self._writer.run(job))
+            await self._crossing.result(self._writer.run(job))
         return reply
 
     def complain(self, what: str) -> None:
@@ -581,6 +611,11 @@ def _at_rest(spec: InterfaceSpec | None, interfaces: str) -> InterfaceSpec | Non
     if interfaces == "remove" or spec is None:
         return None
     return msgspec.structs.replace(spec, processing=msgspec.structs.replace(spec.processing, running=False))
+
+
+def _may_declare(command: cmd.Command) -> bool:
+    """Whether a command can take a name that somebody else's link may have."""
+    return isinstance(command, cmd.DeclareInterface | cmd.ReplaceInterface)
 
 
 def _may_overlap(command: cmd.Command) -> bool:

@@ -9,7 +9,8 @@ from typing import Literal, Protocol
 
 from service.domain.errors import TunledgerError
 from service.domain.observed import Host, Observed, ObservedLink, Place
-from service.domain.steps import StartProcessing, Step
+from service.domain.spec import Processing
+from service.domain.steps import COUNT_ONLY, StartProcessing, Step
 from service.domain.token import Token
 
 
@@ -145,18 +146,36 @@ class Figures(Protocol):
 
 
 class DataPlane(Protocol):
-    """Reads devices in worker processes. Keys are interface ids."""
+    """Reads devices in worker processes. Keys are interface ids.
 
-    def attach(self, device: str, fd: int, *, mode: Literal["tun", "tap"], name: str | None = None) -> str:
-        """Hand a descriptor to a worker, which owns it from then on. Raises OSError or its own error."""
+    Where offloads are `auto` the device was attached with IFF_VNET_HDR, and its packets come with a virtio_net_hdr.
+    """
+
+    def attach(
+        self,
+        device: str,
+        fd: int,
+        *,
+        mode: Literal["tun", "tap"],
+        name: str | None = None,
+        processing: Processing = COUNT_ONLY,
+        mtu: int = 1500,
+    ) -> str:
+        """Hand a descriptor of `Kernel.open_device` to a worker, which owns it from then on, with what is to be done
+        with the packets. Raises OSError or its own error.
+        """
+        ...
+
+    def configure(self, device: str, processing: Processing, mtu: int) -> None:
+        """Have a device's worker do something else, losing no packet. Raises its own error; all is as it was then."""
         ...
 
     def detach(self, device: str) -> Figures | None:
         """Return when the worker has let go of the device, with its last figures."""
         ...
 
-    def attached(self) -> frozenset[str]:
-        """The devices that live workers hold now."""
+    def attached(self) -> Mapping[str, Processing]:
+        """The devices that live workers hold now, and what they were told to do."""
         ...
 
     def counters(self) -> Mapping[str, Figures]:

@@ -5,7 +5,6 @@ anything may be changed at all is said here too. What an event is about, and whe
 here.
 """
 
-import asyncio
 from collections.abc import Sequence
 
 import structlog
@@ -15,6 +14,7 @@ from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.state import State, evolve
 from service.domain.values import CommandId, NodeId
 from service.reconcile.answer import Clock
+from service.reconcile.crossing import Crossing
 from service.store.writer import Job, LogWriter
 
 SYSTEM = "system"  # the actor of what nobody asked for
@@ -31,10 +31,17 @@ class Journal:
     """
 
     def __init__(
-        self, *, node: NodeId, state: State, writer: LogWriter, clock: Clock, frozen: TunledgerError | None
+        self,
+        *,
+        node: NodeId,
+        state: State,
+        writer: LogWriter,
+        clock: Clock,
+        crossing: Crossing,
+        frozen: TunledgerError | None,
     ) -> None:
         self.node, self.state, self.frozen = node, state, frozen
-        self._writer, self._clock = writer, clock
+        self._writer, self._clock, self._crossing = writer, clock, crossing
 
     def recorded(self, events: Sequence[ev.Recorded]) -> None:
         """Take in what the writer has made durable."""
@@ -61,9 +68,9 @@ class Journal:
             TunledgerError: the log's refusal.
         """
         if drafts:
-            await asyncio.wrap_future(self._writer.append(drafts, also))
+            await self._crossing.result(self._writer.append(drafts, also))
         elif also is not None:
-            await asyncio.wrap_future(self._writer.run(also))
+            await self._crossing.result(self._writer.run(also))
 
     def draft(
         self,
@@ -99,3 +106,7 @@ class Journal:
     def seconds_until(self, stamp: str) -> float:
         """How long until such a time; negative if it is past."""
         return self._clock.seconds_until(stamp)
+
+    def elapsed_s(self) -> float:
+        """Seconds on a clock that nobody sets."""
+        return self._clock.elapsed_s()

@@ -2,8 +2,9 @@
 
 Orphans, which the log once declared, are removed. A create is in the log before the kernel acts: one that the log has
 never heard of says that the log lost its end, or that somebody wrote our mark on a link of his own. Such are left alone
-and told of. Of declared interfaces there is only one thing here: a second link, in a network namespace that the
-interface was to be in before. What others moved elsewhere is not ours to remove while its interface is declared.
+and told of, as are links with a copy of a declared token. Of declared interfaces there is only one thing here: a second
+link, in a network namespace that the interface was to be in before. What others moved elsewhere is not ours to remove
+while its interface is declared.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ import structlog
 
 from service import failpoints
 from service.domain import events as ev
-from service.domain.observed import Observed, ObservedLink, link_key
+from service.domain.observed import Observed, ObservedLink, link_key, one_each
 from service.domain.values import InterfaceId
 from service.reconcile.applying import Applying
 from service.reconcile.converge import remove_orphans
@@ -34,7 +35,7 @@ class Orphans:
         self, *, journal: Journal, applying: Applying, knows: Callable[[Collection[InterfaceId]], set[InterfaceId]]
     ) -> None:
         self._journal, self._applying, self._knows = journal, applying, knows
-        self._unheard: dict[str, str] = {}  # links with our token that the log knows nothing of, and what to say
+        self._unheard: dict[str, str] = {}  # links with a token of ours that is not theirs, and what to say
 
     def complaints(self) -> list[str]:
         """What there is that should not be, in words."""
@@ -48,8 +49,9 @@ class Orphans:
         """
         orphans, unheard = await self.undeclared(observed)
         said = {link.key: f"{link.key} carries our token, but the log has never heard of it" for link in unheard}
+        said |= self._copies(observed)
         for name in said.keys() - self._unheard.keys():
-            log.warning("a link carries our token, and the log has never heard of it: left alone", name=name)
+            log.warning("a link carries a token that is not its own: left alone", name=name, why=said[name])
         self._unheard = said
         if not orphans:
             return False
@@ -106,3 +108,21 @@ class Orphans:
             if own is not None and own.token == token:
                 found.append(link)
         return found
+
+    def _copies(self, observed: Observed) -> dict[str, str]:
+        """Links that carry the token of an interface which another link beside them is, and what to say of them."""
+        known = self._journal.state.interfaces
+        keys = {each: link_key(interface.netns, interface.name) for each, interface in known.items()}
+        bearers = [
+            link
+            for link in observed.links.values()
+            if link.token is not None and link.token.node == self._journal.node and link.token.interface_id in keys
+        ]
+        own = {link.place for link in one_each(bearers, self._journal.node, keys)}
+        return {
+            link.key: f"{link.key} carries a copy of the token of {known[link.token.interface_id].name}"
+            for link in bearers
+            if link.token is not None
+            and link.place not in own
+            and link.netns == known[link.token.interface_id].netns  # elsewhere it was moved
+        }

@@ -18,12 +18,15 @@ from litestar.types import Receive, Scope, Send
 from service.api.access import OwnerOf
 from service.api.application import application
 from service.api.bodies import Defaults
+from service.api.connection import Connection
 from service.api.events import EventLog
 from service.api.orders import Orders
 from service.api.read import LogView
 from service.api.render import render
 from service.domain import events as ev
 from service.domain.errors import TunledgerError
+from service.domain.spec import Processing
+from service.domain.steps import COUNT_ONLY
 from service.domain.values import NodeId
 from service.kernel.fake import FakeKernel
 from service.reconcile.applier import Applier
@@ -63,6 +66,10 @@ class Clock:
         """Nothing is due before it is asked for."""
         return 0.0 if stamp <= NOW else 3600.0
 
+    def elapsed_s(self) -> float:
+        """It stands still as well."""
+        return 0.0
+
     def new_id(self) -> str:
         """In the form of a UUID, since tokens want one."""
         return f"00000000-0000-7000-8000-{next(self._ids):012x}"
@@ -82,25 +89,42 @@ class Readers:
     """A data plane without workers: it takes descriptors and counts nothing."""
 
     devices: dict[str, str] = field(default_factory=dict)
+    applied: dict[str, Processing] = field(default_factory=dict)
     unwell: list[str] = field(default_factory=list)
     sessions: "itertools.count[int]" = field(default_factory=itertools.count)
 
-    def attach(self, device: str, fd: int, *, mode: Literal["tun", "tap"], name: str | None = None) -> str:
+    def attach(
+        self,
+        device: str,
+        fd: int,
+        *,
+        mode: Literal["tun", "tap"],
+        name: str | None = None,
+        processing: Processing = COUNT_ONLY,
+        mtu: int = 1500,
+    ) -> str:
         """Take the descriptor, as a worker would."""
         assert mode in {"tun", "tap"}
         assert name != ""
         socket.socket(fileno=fd).close()
+        assert mtu > 0
         self.devices[device] = f"session-{next(self.sessions)}"
+        self.applied[device] = processing
         return self.devices[device]
+
+    def configure(self, device: str, processing: Processing, mtu: int) -> None:
+        """Do something else."""
+        assert mtu > 0
+        self.applied[device] = processing
 
     def detach(self, device: str) -> Counted | None:
         """Let go."""
         session = self.devices.pop(device, None)
         return None if session is None else Counted(session, {"ipv4.icmp": (3, 252)}, {})
 
-    def attached(self) -> frozenset[str]:
+    def attached(self) -> Mapping[str, Processing]:
         """All that were attached and not detached."""
-        return frozenset(self.devices)
+        return {device: self.applied[device] for device in self.devices}
 
     def counters(self) -> Mapping[str, Counted]:
         """The same for each."""
@@ -237,7 +261,7 @@ class Running:
         listening.setblocking(False)
         config = uvicorn.Config(
             self.app,
-            http="httptools",
+            http=Connection,
             ws="none",
             lifespan="off",
             log_config=None,

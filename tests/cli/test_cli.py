@@ -210,6 +210,18 @@ def test_verify_of_a_log_that_was_tampered_with_names_the_position(lived: Tunled
     assert table.out.splitlines()[-1] == "NOT SOUND"
 
 
+def test_verify_of_a_log_that_lost_its_end_says_how_far_it_had_come(lived: Tunledger) -> None:
+    """The chain of what is left verifies: only the file beside the database knows better."""
+    with closing(sqlite3.connect(lived.database)) as connection, connection:
+        connection.execute("DROP TRIGGER events_never_go")
+        (head,) = connection.execute("SELECT max(position) FROM events").fetchone()
+        connection.execute("DELETE FROM events WHERE position = ?", (head,))
+    ran = lived("verify", "--output", "json")
+    assert ran.status == 1
+    (problem,) = ran.json["problems"]
+    assert problem.startswith(f"position {head - 1}: the log ends here, and had come to position {head} (")
+
+
 @pytest.mark.parametrize("content", [None, b"", b"garbage" * 1000], ids=["none", "empty", "garbage"])
 def test_verify_without_a_log_is_not_sound(tunledger: Tunledger, content: bytes | None) -> None:
     if content is not None:

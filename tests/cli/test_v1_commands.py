@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -477,7 +478,7 @@ def test_what_is_exported_applies_as_nothing_to_do_and_brings_all_back(run: Run,
 # -- help, usage, completion, nobody there
 
 
-@pytest.mark.parametrize("name", sorted(cli.commands))
+@pytest.mark.parametrize("name", cli.list_commands(click.Context(cli)))
 def test_every_command_says_what_it_does_with_an_example(name: str) -> None:
     done = CliRunner().invoke(cli, [name, "--help"], prog_name="tunledger")
     assert done.exit_code == 0

@@ -7,9 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from service.dataplane import layout
-from service.dataplane.wire import Attach, Reply, decode_reply, encode_request
-from service.dataplane.worker import BATCH_PACKETS, Worker
+from service.dataplane import blackbox, layout, work
+from service.dataplane.contract import BATCH_MAX
+from service.dataplane.provisions import written
+from service.dataplane.registry import Registry
+from service.dataplane.wire import Attach, decode_reply, encode_request
+from service.dataplane.worker import Worker
 from tests.dataplane.test_supervisor import IPV4_UDP
 
 
@@ -22,23 +25,35 @@ class Bench:
         self._memory = layout.create(2)
         self.counters = layout.CounterReader(self._memory)
         self._notice = os.eventfd(0, os.EFD_NONBLOCK)
-        self.worker = Worker(self._theirs, layout.CounterWriter(self._memory), self._notice, None)
+        self._box = blackbox.create()
+        self.worker = Worker(
+            self._theirs,
+            layout.CounterWriter(self._memory),
+            blackbox.BlackBox(self._box),
+            self._notice,
+            None,
+            Registry({}),
+        )
 
     def attach(self, slot: int, fds: list[int]) -> int:
         """Ask for it, let the worker do that one thing, and return the errno it answers."""
-        socket.send_fds(self.control, [encode_request(Attach(1, slot, slot, "tun", "tun0"))], fds)
+        setup = written(work.Setup("tun0", "tun", 1500, False, ()))
+        socket.send_fds(self.control, [encode_request(Attach(1, slot, slot))], [*fds, setup])
+        os.close(setup)
         assert self.worker._serve()
         reply = decode_reply(self.control.recv(100))
-        assert reply == Reply(1, reply.error)
+        assert reply.sequence == 1
         return reply.error
 
     def close(self) -> None:
         for device in list(self.worker._by_fd.values()):
-            self.worker._close(device)
+            self.worker._let_go(device)
+            device.close()
         self.worker._epoll.close()
         self.control.close()
         self._theirs.close()
         os.close(self._memory)
+        os.close(self._box)
         os.close(self._notice)
 
 
@@ -53,11 +68,11 @@ def test_a_turn_reads_no_more_than_a_batch_of_a_device(bench: Bench) -> None:
     feed, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with feed, device:
         assert bench.attach(0, [os.dup(device.fileno())]) == 0
-        for _ in range(BATCH_PACKETS + 10):
+        for _ in range(BATCH_MAX + 10):
             feed.send(IPV4_UDP)
-        for counted in (BATCH_PACKETS, BATCH_PACKETS + 10):
+        for counted in (BATCH_MAX, BATCH_MAX + 10):
             for held in list(bench.worker._by_fd.values()):
-                bench.worker._drain(held, select.EPOLLIN)
+                held.drain(select.EPOLLIN)
             assert bench.counters.read(0).from_kernel == {"ipv4.udp": (counted, 28 * counted)}
 
 

@@ -23,6 +23,7 @@ from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.observed import ObservedLink
 from service.domain.spec import InterfaceSpec, Processing
 from service.domain.state import fold
+from service.domain.steps import COUNT_ONLY
 from service.domain.token import Token
 from service.domain.values import Address, InterfaceName, Mode, Mtu
 from service.kernel.fake import FakeKernel
@@ -52,11 +53,28 @@ class Readers:
 
     def __init__(self) -> None:
         self.fds: dict[str, int] = {}
+        self.applied: dict[str, Processing] = {}
 
-    def attach(self, device: str, fd: int, *, mode: Literal["tun", "tap"], name: str | None = None) -> str:
+    def attach(
+        self,
+        device: str,
+        fd: int,
+        *,
+        mode: Literal["tun", "tap"],
+        name: str | None = None,
+        processing: Processing = COUNT_ONLY,
+        mtu: int = 1500,
+    ) -> str:
         assert device not in self.fds, f"{name} ({mode}) attached twice"
+        assert mtu > 0
         self.fds[device] = fd
+        self.applied[device] = processing
         return "s"
+
+    def configure(self, device: str, processing: Processing, mtu: int) -> None:
+        assert mtu > 0
+        assert self.applied[device].offloads is processing.offloads
+        self.applied[device] = processing
 
     def detach(self, device: str) -> Figures | None:
         fd = self.fds.pop(device, None)
@@ -65,8 +83,8 @@ class Readers:
         os.close(fd)
         return NoFigures()
 
-    def attached(self) -> frozenset[str]:
-        return frozenset(self.fds)
+    def attached(self) -> Mapping[str, Processing]:
+        return {device: self.applied[device] for device in self.fds}
 
     def counters(self) -> Mapping[str, Figures]:
         return {}

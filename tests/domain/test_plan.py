@@ -78,10 +78,10 @@ class Watching(NoMonitor):
 def sight_of(
     kernel: HostKernel, called: str, netns: str | None, attached: Processing | None, watched: Place | None = None
 ) -> Sight:
-    devices = {} if attached is None else {OURS.interface_id: attached}
+    devices: dict[str, Processing] = {} if attached is None else {OURS.interface_id: attached}
     wanted = [Wanted(OURS, InterfaceName(called), None, netns=netns, formerly=frozenset({None, "blue"} - {netns}))]
     kernel.observe([each.key for each in wanted])  # so that its namespace is in use
-    return sights(wanted, kernel.observe(), devices, Watching(watched), devices)[OURS.interface_id]
+    return sights(wanted, kernel.observe(), devices, Watching(watched))[OURS.interface_id]
 
 
 def carry_out(kernel: HostKernel, steps: tuple[st.Step, ...], attached: Processing | None) -> Processing | None:
@@ -143,7 +143,6 @@ def test_plan(case: str) -> None:
 
 
 def test_every_kind_of_step_is_planned_in_some_case() -> None:
-    """AdoptLink is for the log alone: adopting is an empty plan."""
     planned = {line for case in CASES for line in (PLANS / case / "plan").read_text().splitlines()}
     examples: list[st.Step] = [
         st.CreateLink(name(), OURS, Mode.TUN, False, None, None),
@@ -164,9 +163,7 @@ def test_every_kind_of_step_is_planned_in_some_case() -> None:
         st.StopProcessing("tun0", OURS.interface_id),
     ]
     assert {str(step) for step in examples} <= planned
-    kinds = {type(example) for example in examples} | {st.AdoptLink}
-    assert kinds == set(st.Step.__args__)
-    assert str(st.AdoptLink(name(), 7)) == "# adopt tun0 (ifindex 7)"
+    assert {type(example) for example in examples} == set(st.Step.__args__)
 
 
 def seen(**changed: Any) -> ObservedLink:

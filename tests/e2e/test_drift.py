@@ -57,3 +57,24 @@ def test_a_change_by_others_is_heard_of_told_once_and_mended(service: Service, c
     found = [event.body for event in service.events() if isinstance(event.body, ev.DriftDetected)]
     assert [each.cause for each in found] == ["outside"]
     assert len(repaired()) == 1
+
+
+def test_drift_that_is_only_reported_is_heard_to_be_over(service: Service) -> None:
+    spec = {"name": "tun1", "mtu": 1400, "addresses": ["10.61.0.1/24"], "drift": "report"}
+    assert service.call("POST", "/api/v1/interfaces", spec)[0] == 201
+
+    def told(kind: type[ev.Event]) -> int:
+        return sum(isinstance(event.body, kind) for event in service.events())
+
+    for number, (there, back) in enumerate(
+        (
+            ("link set tun1 mtu 1300", "link set tun1 mtu 1400"),
+            ("address delete 10.61.0.1/24 dev tun1", "address add 10.61.0.1/24 dev tun1"),
+        ),
+        1,
+    ):
+        subprocess.run(["ip", *there.split()], check=True)
+        eventually(lambda: told(ev.DriftDetected) == number, 15, "the drift")  # noqa: B023
+        subprocess.run(["ip", *back.split()], check=True)
+        eventually(lambda: told(ev.DriftEnded) == number, 15, "its end")  # noqa: B023
+    assert told(ev.DriftRepaired) == 0

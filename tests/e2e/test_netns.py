@@ -129,7 +129,7 @@ def test_another_namespace_needs_recreate_and_moves_nothing_by_half(service: Ser
 def test_a_link_that_is_moved_elsewhere_is_made_again_and_stays_as_it_is_there(service: Service, blue: Named) -> None:
     service.start()
     with named() as red:
-        create(service, blue, up=False)  # one that is up goes down first, and may be looked at before it has gone
+        create(service, blue, up=False, addresses=[])  # else these go first, and may be looked for before it has gone
         before = blue.links()["tun0"]["ifindex"]
         blue.ip("link", "set", "tun0", "netns", red.name)
         moved = red.links()["tun0"]

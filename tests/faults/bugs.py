@@ -176,7 +176,7 @@ BUGS = (
     Bug(
         "a deadline that passed is not kept",
         "service/reconcile/deadlines.py",
-        "            if awaiting.confirm_by <= now and self._take_back_in_s(awaiting) <= 0:\n",
+        "            if self._left_s(awaiting) <= 0 and self._take_back_in_s(awaiting) <= 0:\n",
         "            if False:\n",
         "tests/e2e/test_guarantees.py::test_a_deadline_that_passed_while_the_service_was_down_is_kept_at_its_start",
     ),

@@ -34,6 +34,7 @@ CLONE_NEWNET: Final = 0x40000000  # linux/sched.h
 # What a service imports at its start and at its first request.
 IMPORTED: Final = (
     "service.app",
+    "service.serving",
     "service.cli.main",
     "service.store.migrate",
     "litestar._kwargs",

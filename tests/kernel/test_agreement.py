@@ -237,4 +237,4 @@ def test_a_plan_arrives_on_linux_from_any_spec_and_any_drift(
 
 def look(kernel: Kernel) -> Sight:
     wanted = Wanted(OURS, NAMES[0], None)
-    return sights([wanted], kernel.observe(), frozenset())[wanted.id]
+    return sights([wanted], kernel.observe(), {})[wanted.id]

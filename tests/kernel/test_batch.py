@@ -578,15 +578,15 @@ def test_a_failure_ordered_for_one_fails_one(
 # -- the socket
 
 
-def test_messages_from_templates_are_those_that_pyroute2_makes(netns: None) -> None:
-    """Also where what is filled in looks like the placeholder, or like what stands beside it."""
+def test_messages_are_those_that_pyroute2_makes(netns: None) -> None:
+    """Byte for byte, values of every length that padding knows among them."""
 
-    def encoded(make: Any, kind: int, flags: int, attrs: list[tuple[str, Any]], **fields: Any) -> bytes:
+    def encoded(make: Any, kind: int, header_flags: int, attrs: list[tuple[str, Any]], **fields: Any) -> bytes:
         message = make()
         for key, value in fields.items():
             message[key] = value
         message["attrs"] = attrs
-        message["header"]["type"], message["header"]["flags"] = kind, flags
+        message["header"]["type"], message["header"]["flags"] = kind, header_flags
         message.encode()
         return bytes(message.data)
 
@@ -606,6 +606,20 @@ def test_messages_from_templates_are_those_that_pyroute2_makes(netns: None) -> N
         for alias in (str(OURS), "?" * len(str(OURS))):
             wanted = encoded(ifinfmsg, netlink.RTM_SETLINK, 1, [("IFLA_IFALIAS", alias)], index=index)
             assert bytes(netlink.alias_message(index, alias)) == wanted
+        values: list[tuple[str, int, int | str]] = [
+            ("IFLA_MTU", netlink.IFLA_MTU, 65_521),
+            ("IFLA_TXQLEN", netlink.IFLA_TXQLEN, 2**32 - 1),
+            ("IFLA_GROUP", netlink.IFLA_GROUP, mark),
+            *(("IFLA_IFNAME", netlink.IFLA_IFNAME, "abcdefghijklmno"[:length]) for length in (1, 2, 3, 4, 15)),
+        ]
+        for name, attr, value in values:
+            wanted = encoded(ifinfmsg, netlink.RTM_SETLINK, 1, [(name, value)], index=index)
+            assert bytes(netlink.link_message(netlink.RTM_SETLINK, index, [(attr, value)])) == wanted
+        for up in (False, True):
+            wanted = encoded(ifinfmsg, netlink.RTM_SETLINK, 1, [], index=index, flags=int(up), change=1)
+            assert bytes(netlink.link_message(netlink.RTM_SETLINK, index, up=up)) == wanted
+        wanted = encoded(ifinfmsg, netlink.RTM_DELLINK, 1, [], index=index)
+        assert bytes(netlink.link_message(netlink.RTM_DELLINK, index)) == wanted
 
 
 @pytest.fixture
@@ -633,7 +647,7 @@ def test_refusals_find_their_messages_over_many_datagrams(route: netlink.RouteSo
 
 def test_a_thousand_refusals_fit_the_socket(narrow: netlink.RouteSocket) -> None:
     refusals = narrow.change_many(
-        [netlink.link_message(netlink.RTM_SETLINK, 1, [("IFLA_MTU", 2**32 - 1)]) for _ in range(1000)]
+        [netlink.link_message(netlink.RTM_SETLINK, 1, [(netlink.IFLA_MTU, 2**32 - 1)]) for _ in range(1000)]
     )
     assert [refusal.errno for refusal in refusals if refusal is not None] == [errno.EINVAL] * 1000
 

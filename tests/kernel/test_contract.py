@@ -11,6 +11,7 @@ import pytest
 from service.domain import steps as st
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.observed import LinkCounters, ObservedLink
+from service.domain.spec import Offloads, Processing
 from service.domain.token import Token
 from service.domain.values import Address, InterfaceId, InterfaceName, Mode, NodeId, parse_cidr
 from tests.kernel.conftest import Host, needs_other_uids, wait_until
@@ -276,12 +277,6 @@ def test_tun_refuses_a_hardware_address(host: Host) -> None:
     assert refusal(host, st.SetMac(TUN0, "02:00:00:00:12:34")).code is ErrorCode.KERNEL_REFUSED
 
 
-def test_adopting_changes_nothing(host: Host) -> None:
-    before = made(host)
-    host.kernel.execute(OURS, [st.AdoptLink(TUN0, before.ifindex)])
-    assert seen(host) == before
-
-
 def test_rename_keeps_everything_but_the_name(host: Host) -> None:
     before = made(host, st.AddAddress(TUN0, addr("10.0.0.1/24")))
     host.outside.rename("tun0", "elsewhere")
@@ -319,7 +314,6 @@ CHANGES = [
     st.SetOwner(TUN0, 1000, 1000),
     st.AddAddress(TUN0, addr("10.0.0.9/24")),
     st.RemoveAddress(TUN0, addr("10.0.0.1/24")),
-    st.AdoptLink(TUN0, 0),
     st.SetLinkGroup(TUN0, 7),
 ]
 
@@ -824,8 +818,11 @@ def test_survey_knows_that_loopback_is_in_use(host: Host) -> None:
 # -- open
 
 
-def start(mode: Mode = Mode.TUN, *, multi_queue: bool = False) -> st.StartProcessing:
-    return st.StartProcessing(TUN0, OURS.interface_id, mode, multi_queue)
+def start(
+    mode: Mode = Mode.TUN, *, multi_queue: bool = False, offloads: Offloads = Offloads.AUTO
+) -> st.StartProcessing:
+    processing = Processing(running=True, offloads=offloads)
+    return st.StartProcessing(TUN0, OURS.interface_id, mode, multi_queue, processing)
 
 
 def test_open_device_gives_carrier_and_keeps_everything_else(host: Host) -> None:
@@ -836,10 +833,23 @@ def test_open_device_gives_carrier_and_keeps_everything_else(host: Host) -> None
         assert os.get_inheritable(fd) is False
         held = seen(host)
         assert held.carrier
-        assert replace(held, carrier=False, running=False, operstate="DOWN", flags=before.flags) == before
+        bare = replace(held, carrier=False, running=False, operstate="DOWN", flags=before.flags, vnet_hdr=False)
+        assert bare == before
     finally:
         os.close(fd)
     assert not seen(host).carrier
+
+
+@pytest.mark.parametrize("offloads", list(Offloads))
+def test_packets_come_behind_a_header_where_offloads_are_wanted_and_bare_where_not(
+    host: Host, offloads: Offloads
+) -> None:
+    made(host)
+    for _ in range(2):  # the flags are the last opener's
+        os.close(host.kernel.open_device(start(offloads=Offloads.AUTO), OURS))
+        fd = host.kernel.open_device(start(offloads=offloads), OURS)
+        assert seen(host).vnet_hdr is (offloads is Offloads.AUTO)
+        os.close(fd)
 
 
 def test_open_device_twice_is_busy_until_the_first_is_closed(host: Host) -> None:

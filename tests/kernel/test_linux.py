@@ -18,6 +18,7 @@ import pytest
 
 from service.domain import steps as st
 from service.domain.errors import ErrorCode, TunledgerError
+from service.domain.spec import Offloads, Processing
 from service.domain.values import InterfaceName, Mode
 from service.kernel import errnos, netlink, tundev
 from service.kernel.fake import FakeKernel
@@ -256,7 +257,8 @@ def test_what_we_read_is_what_ip_says(linux: LinuxHost) -> None:
 
 def test_counters_are_the_hosts_view(linux: LinuxHost) -> None:
     made(linux, st.SetUp(TUN0), st.AddAddress(TUN0, addr("10.0.0.1/24")))
-    fd = linux.kernel.open_device(st.StartProcessing(TUN0, OURS.interface_id, Mode.TUN, False), OURS)
+    bare = Processing(running=True, offloads=Offloads.OFF)
+    fd = linux.kernel.open_device(st.StartProcessing(TUN0, OURS.interface_id, Mode.TUN, False, bare), OURS)
     try:
         before = seen(linux).counters
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
@@ -374,9 +376,10 @@ def test_a_closed_device_node_is_a_matter_of_permission(number: int) -> None:
 
 
 def test_tun_flags_are_those_of_the_headers(linux: LinuxHost) -> None:
-    """No packet information and no vnet_hdr: a reader gets bare packets."""
+    """No packet information and, without offloads, no vnet_hdr: a reader gets bare packets."""
     made(linux)
-    fd = linux.kernel.open_device(st.StartProcessing(TUN0, OURS.interface_id, Mode.TUN, False), OURS)
+    bare = Processing(running=True, offloads=Offloads.OFF)
+    fd = linux.kernel.open_device(st.StartProcessing(TUN0, OURS.interface_id, Mode.TUN, False, bare), OURS)
     try:
         flags = int.from_bytes(fcntl.ioctl(fd, tundev.TUNGETIFF, bytes(40))[16:18], sys.byteorder)
         assert flags & 0xF000 & ~0x0800 == outside.IFF_NO_PI

@@ -293,15 +293,6 @@ def test_who_holds_a_token_is_known_as_long_as_it_is_watched() -> None:
     assert watch.holder(TOKEN) is None
 
 
-def test_what_is_forgotten_is_neither_watched_nor_news() -> None:
-    watch = a_watch()
-    tell(watch, NEWLINK, a_link(mtu=1300))
-    watch.forget([INDEX, 99])
-    assert not watch.pending
-    assert not watch.vouches(INDEX, TOKEN)
-    assert watch.holder(TOKEN) is None
-
-
 def test_names_that_others_take_and_give_back_are_news_once_each() -> None:
     watch = a_watch()
     tell(watch, NEWLINK, a_link(ifindex=9, name="a", alias=""))
@@ -665,7 +656,7 @@ def test_a_device_exchanged_between_the_look_and_its_being_watched_is_not_vouche
 ) -> None:
     monkeypatch.setattr(module, "PAUSE_S", 60)  # nobody reads but the one who settles
     listener.make()
-    listener.monitor.forget([listener.place])
+    listener.monitor._own.watch._unwatch(listener.ifindex)
     mark = listener.monitor.drain()
     link = listener.kernel.observe(["ours0"]).links["ours0"]
     listener.outside.delete("ours0")
@@ -712,7 +703,7 @@ def unread(linux: LinuxHost) -> Iterator[Listener]:
 def test_a_change_that_only_settling_shows_to_be_one_is_left_to_the_thread_to_tell(unread: Listener) -> None:
     monitor = unread.monitor
     unread.make()
-    monitor.forget([unread.place])
+    monitor._own.watch._unwatch(unread.ifindex)
     mark = monitor.drain()
     link = unread.kernel.observe(["ours0"]).links["ours0"]
     unread.outside.set_mtu("ours0", 1300)

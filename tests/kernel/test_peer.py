@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -88,6 +89,45 @@ def test_somebody_elses_connection_is_their_uid(server: socket.socket) -> None:
 
 
 @pytest.mark.kernel
+def test_many_questions_on_one_socket_have_each_its_own_answer(server: socket.socket) -> None:
+    with connected(server) as (_client, accepted), contextlib.closing(peer.Asker()) as asker:
+        ends = endpoint(accepted.getpeername()), endpoint(accepted.getsockname())
+        assert asker.owner(*ends) == os.getuid()
+        opened = set(Path("/proc/self/fd").iterdir())
+        with pytest.raises(TunledgerError, match="does not say who called"):
+            asker.owner(("192.0.2.1", ends[0][1]), ends[1])
+        for _ in range(3):
+            assert asker.owner(*ends) == os.getuid()
+        assert set(Path("/proc/self/fd").iterdir()) == opened
+
+
+class Stale(socket.socket):
+    """Gives the answer to the question before first."""
+
+    def sendto(self, *args: Any) -> int:
+        return super().sendto(*args) if hasattr(self, "late") else self.twice(*args)
+
+    late: bool
+
+    def twice(self, data: bytes, address: Any) -> int:
+        self.late = True
+        header = struct.pack("=IHHII", len(data), peer.SOCK_DIAG_BY_FAMILY, peer.NLM_F_REQUEST, 4711, 0)
+        super().sendto(header + data[len(header) :], address)
+        return super().sendto(data, address)
+
+
+@pytest.mark.kernel
+def test_the_answer_to_another_question_is_not_believed(server: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    with connected(server) as (_client, accepted), contextlib.closing(peer.Asker()) as asker:
+        ends = endpoint(accepted.getpeername()), endpoint(accepted.getsockname())
+        monkeypatch.setattr(socket, "socket", Stale)
+        with pytest.raises(TunledgerError, match="to another question"):
+            asker.owner(*ends)
+        monkeypatch.undo()
+        assert asker.owner(*ends) == os.getuid()
+
+
+@pytest.mark.kernel
 def test_client_that_closed_first_is_refused(server: socket.socket) -> None:
     """FIN-WAIT-2: the kernel keeps the end for a while, and nobody holds it."""
     with connected(server) as (client, accepted):
@@ -156,6 +196,29 @@ def test_the_kernels_refusal_is_ours() -> None:
     with pytest.raises(TunledgerError, match="No such file") as caught:
         peer.read_owner(answer, ("127.0.0.1", 4711))
     assert str(caught.value).startswith("the kernel does not say who called from 127.0.0.1 port 4711: ")
+
+
+SHORT = [errno.EINTR, errno.ENOMEM, errno.ENOBUFS, errno.EMFILE, errno.EAGAIN, None]
+
+
+@pytest.mark.parametrize("number", SHORT)
+def test_what_says_nothing_of_the_caller_is_to_be_tried_again(
+    number: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not 401, which a client would take for the last word."""
+    client, server = ("127.0.0.1", 4711), ("127.0.0.1", 8080)
+
+    def fails(_asker: peer.Asker, _body: bytes) -> bytes:
+        raise OSError(number, "failed") if number is not None else TimeoutError("timed out")
+
+    monkeypatch.setattr(peer.Asker, "_ask", fails)
+    with pytest.raises(TunledgerError) as asked:
+        peer.owner(client, server)
+    answer = struct.pack("=IHHIIi", 36, peer.NLMSG_ERROR, 0, 1, 0, -(number or errno.ETIMEDOUT)) + bytes(16)
+    with pytest.raises(TunledgerError) as answered:
+        peer.read_owner(answer, client)
+    for caught in (asked, answered):
+        assert (caught.value.code, caught.value.retry) == (ErrorCode.OVERLOADED, True)
 
 
 @given(some.binary(min_size=16, max_size=120))

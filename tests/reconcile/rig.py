@@ -11,11 +11,12 @@ from service.api.render import render
 from service.app import SystemClock
 from service.domain import commands as cmd
 from service.domain import events as ev
-from service.domain.spec import parse_spec
+from service.domain.spec import Processing, parse_spec
+from service.domain.steps import COUNT_ONLY
 from service.domain.values import CommandId, InterfaceName
 from service.kernel.fake import FakeKernel
 from service.kernel.namespaces import HostKernel
-from service.reconcile.answer import Answer
+from service.reconcile.answer import Answer, Clock
 from service.reconcile.applier import Applier
 from service.reconcile.engine import Engine
 from service.reconcile.hands import Figures, Hands
@@ -34,22 +35,39 @@ class CountingDataPlane:
 
     def __init__(self) -> None:
         self.held: dict[str, int] = {}
+        self.applied: dict[str, Processing] = {}
         self.refusal: Exception | None = None
 
-    def attach(self, device: str, fd: int, *, mode: Literal["tun", "tap"], name: str | None = None) -> str:
-        del mode, name
+    def attach(
+        self,
+        device: str,
+        fd: int,
+        *,
+        mode: Literal["tun", "tap"],
+        name: str | None = None,
+        processing: Processing = COUNT_ONLY,
+        mtu: int = 1500,
+    ) -> str:
+        del mode, name, mtu
         if self.refusal is not None:
             os.close(fd)
             raise self.refusal
         self.held[device] = fd
+        self.applied[device] = processing
         return "session"
+
+    def configure(self, device: str, processing: Processing, mtu: int) -> None:
+        del mtu
+        if self.refusal is not None:
+            raise self.refusal
+        self.applied[device] = processing
 
     def detach(self, device: str) -> Figures | None:
         os.close(self.held.pop(device))
         return None
 
-    def attached(self) -> frozenset[str]:
-        return frozenset(self.held)
+    def attached(self) -> Mapping[str, Processing]:
+        return {device: self.applied[device] for device in self.held}
 
     def counters(self) -> Mapping[str, Figures]:
         return {}
@@ -65,9 +83,7 @@ class CountingDataPlane:
 class Rig:
     """Everything of one running engine."""
 
-    def __init__(
-        self, engine: Engine, kernel: Any, plane: CountingDataPlane, writer: LogWriter, path: Path
-    ):
+    def __init__(self, engine: Engine, kernel: Any, plane: CountingDataPlane, writer: LogWriter, path: Path):
         self.engine, self.kernel, self.plane, self.writer, self.path = engine, kernel, plane, writer, path
 
     async def order(self, command: cmd.Command, **request: Any) -> Answer:
@@ -103,7 +119,7 @@ class Rig:
 
 
 @asynccontextmanager
-async def running(folder: Path, kernel: FakeKernel | HostKernel) -> AsyncIterator[Rig]:
+async def running(folder: Path, kernel: FakeKernel | HostKernel, clock: Clock = CLOCK) -> AsyncIterator[Rig]:
     """An engine that has started up on the log in this folder."""
     path = folder / "log.db"
     migrate(path, now=CLOCK.now)
@@ -127,7 +143,7 @@ async def running(folder: Path, kernel: FakeKernel | HostKernel) -> AsyncIterato
         writer=writer,
         applier=applier,
         hands=Hands(kernel, plane),
-        clock=CLOCK,
+        clock=clock,
         boot_id=BOOT,
         render=render,
         recall=answers.find,

@@ -1,12 +1,14 @@
 """Commands and repairs on a host where every step can fail."""
 
 import asyncio
+import datetime
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from service.app import SystemClock
 from service.domain import commands as cmd
 from service.domain import events as ev
 from service.domain.errors import ErrorCode, TunledgerError
@@ -14,14 +16,14 @@ from service.domain.observed import LinkCounters
 from service.domain.spec import parse_spec
 from service.domain.steps import CreateLink, DeleteLink, SetMtu
 from service.domain.token import Token
-from service.domain.values import CommandId, InterfaceId, InterfaceName, Mode
+from service.domain.values import CommandId, InterfaceId, InterfaceName, Mode, parse_cidr
 from service.kernel.fake import FakeKernel
-from service.reconcile import applier
+from service.reconcile import applier, loop
 from service.reconcile import engine as engine_module
 from service.reconcile.applier import Applier
 from service.reconcile.rejections import Allowance
 from service.reconcile.troubles import BACK_OFF_FIRST_S
-from tests.reconcile.rig import Rig, running
+from tests.reconcile.rig import CLOCK, Rig, running
 
 FULL: dict[str, Any] = {
     "addresses": ["10.1.0.1/24", "fd00:1::1/64"],
@@ -87,6 +89,25 @@ async def test_a_change_that_fails_at_any_step_is_undone_in_place(tmp_path: Path
             assert rig.plane.attached(), "processing runs on, as it did"
             assert_settled(rig)
             assert (await rig.engine.drift()) == []
+
+
+async def test_the_host_is_looked_at_first_only_for_a_new_name_or_network(tmp_path: Path) -> None:
+    kernel = FakeKernel()
+    async with running(tmp_path, kernel) as rig:
+        kernel.outside.add_link("eth0")
+        kernel.outside.add_address("eth0", parse_cidr("192.0.2.1/24", "address"))
+        await rig.declare()
+        surveys = kernel.calls["survey"]
+        assert surveys == 1
+        await rig.change({"mtu": 1300})
+        assert kernel.calls["survey"] == surveys
+        with pytest.raises(TunledgerError, match="overlaps"):
+            await rig.change({"addresses": ["192.0.2.9/24"]})
+        assert kernel.calls["survey"] == surveys + 1
+        with pytest.raises(TunledgerError, match="eth0"):
+            await rig.declare("eth0")
+        await rig.order(cmd.RetireInterface(InterfaceName("tun0")))
+        assert kernel.calls["survey"] == surveys + 2
 
 
 async def test_what_cannot_be_undone_is_said_and_mended_later(tmp_path: Path) -> None:
@@ -215,6 +236,66 @@ async def test_too_many_commands_at_once_are_refused_with_come_again(
         assert len(rig.engine.state.interfaces) == 20 - len(refused) == 5
 
 
+@pytest.mark.parametrize("call", ["confirm", "reconcile_for"])
+async def test_confirmations_and_orders_to_reconcile_count_among_the_commands_in_flight(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path, FakeKernel()) as rig:
+        ask = getattr(rig.engine, call)
+
+        def submission() -> cmd.Submission:
+            return cmd.Submission((), CommandId(CLOCK.new_id()), "uid:0", cmd.Request(via="v1", call="x", confirms="x"))
+
+        monkeypatch.setattr(engine_module, "IN_FLIGHT_MAX", 3)
+        answers = await asyncio.gather(*(ask(submission()) for _ in range(8)), return_exceptions=True)
+        refused = [a for a in answers if isinstance(a, TunledgerError) and a.code is ErrorCode.OVERLOADED]
+        assert len(refused) == 5
+        assert all(error.retry for error in refused)
+        again: Any = (await asyncio.gather(ask(submission()), return_exceptions=True))[0]
+        assert getattr(again, "code", None) is not ErrorCode.OVERLOADED, "they are counted for good"
+
+
+async def test_a_mistake_while_looking_or_counting_is_told_and_taken_back_when_it_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "STUMBLED_S", 0.01)
+    async with running(tmp_path, FakeKernel()) as rig:
+        engine = rig.engine
+        work, sample, broken = engine.work, engine.sample, True
+
+        async def look(*, everything: bool) -> None:
+            if broken:
+                raise ZeroDivisionError("looking")
+            await work(everything=everything)
+
+        async def count() -> None:
+            if broken:
+                raise ZeroDivisionError("counting")
+            await sample()
+
+        monkeypatch.setattr(engine, "work", look)
+        monkeypatch.setattr(engine, "sample", count)
+        tasks = [
+            asyncio.create_task(loop.keep_reconciled(engine, 0.01)),
+            asyncio.create_task(loop.keep_counted(engine, 0.01)),
+        ]
+        try:
+            async with asyncio.timeout(20):
+                while len(engine.health()) < 2:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+                assert [("looking" in words, "counting" in words) for words in engine.health()] == [
+                    (True, False),
+                    (False, True),
+                ]
+                broken = False
+                while engine.health():  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
 def test_a_full_queue_of_the_applier_refuses_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(applier, "QUEUE_MAX", 3)
     hands = Applier()  # not started: nobody empties the queue
@@ -312,6 +393,63 @@ async def test_a_take_back_waits_for_a_pending_intent_and_never_comes_upon_it(
         assert rig.kernel.observe(["tun0"]).links["tun0"].mtu == 1500
         assert rig.engine.state.unconfirmed == {}
         assert_settled(rig)
+
+
+class SetClock(SystemClock):
+    """A host's clock that somebody sets, and one beside it that nobody can."""
+
+    def __init__(self) -> None:
+        self.wall, self.elapsed = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC), 1000.0
+
+    def passes(self, seconds: float) -> None:
+        self.wall += datetime.timedelta(seconds=seconds)
+        self.elapsed += seconds
+
+    def is_set_by(self, hours: float) -> None:
+        self.wall += datetime.timedelta(hours=hours)
+
+    def now(self) -> str:
+        return self.wall.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+    def seconds_until(self, stamp: str) -> float:
+        return (datetime.datetime.fromisoformat(stamp) - self.wall).total_seconds()
+
+    def elapsed_s(self) -> float:
+        return self.elapsed
+
+
+@pytest.mark.parametrize("hours", [-5, 5])
+async def test_a_deadline_goes_by_a_clock_that_nobody_sets(tmp_path: Path, hours: float) -> None:
+    clock = SetClock()
+    async with running(tmp_path, FakeKernel(), clock) as rig:
+        await rig.declare()
+        change = cmd.PatchInterface(InterfaceName("tun0"), {"mtu": 1400})
+        await rig.order(change, confirm_by="2026-01-01T00:01:00.000000Z")
+        clock.is_set_by(hours)
+        clock.passes(59)
+        await rig.engine.take_back_overdue()
+        assert rig.engine.next_deadline_s() == pytest.approx(1)
+        assert "tun0" in rig.engine.state.unconfirmed, "it fired before its time"
+        clock.passes(2)
+        assert rig.engine.next_deadline_s() == 0
+        await rig.engine.take_back_overdue()
+        assert rig.engine.state.unconfirmed == {}
+        assert rig.kernel.observe(["tun0"]).links["tun0"].mtu == 1500
+
+
+async def test_after_a_restart_the_recorded_time_of_a_deadline_counts(tmp_path: Path) -> None:
+    kernel, clock = FakeKernel(), SetClock()
+    async with running(tmp_path, kernel, clock) as rig:
+        await rig.declare()
+        change = cmd.PatchInterface(InterfaceName("tun0"), {"mtu": 1400})
+        await rig.order(change, confirm_by="2026-01-01T00:01:00.000000Z")
+    clock.passes(30)
+    clock.elapsed = 5.0  # a reboot
+    async with running(tmp_path, kernel, clock) as rig:
+        assert rig.engine.next_deadline_s() == pytest.approx(30)
+        clock.passes(31)
+        await rig.engine.take_back_overdue()
+        assert rig.engine.state.unconfirmed == {}
 
 
 async def test_a_frozen_log_takes_nothing_back(tmp_path: Path) -> None:

@@ -1,0 +1,131 @@
+"""What survives a worker: the packets it had read, and where it was in them.
+
+One memfd for each worker, mapped by it and, to be read, by the supervisor. The worker writes a few words for each batch
+and stage; after its death the supervisor reads which stage had which packet. Who is to blame is decided here, what to
+do about it elsewhere (`crashes`).
+
+    0     words    turn, busy, serial, area + 1, count, index, offset
+    64    u32      the lengths of the packets in the buffers
+    512   text     what Python said: two octets of length, UTF-8
+    2048  packet   the packet at fault, if it is none of the buffers': length and first octets
+    4096  buffers  `BATCH_MAX` of `STRIDE` octets
+
+`turn` and `busy` also tell a worker that is stuck from one that has nothing to do.
+"""
+
+import fcntl
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from service.dataplane.contract import BATCH_MAX
+
+TURN: Final = 0
+BUSY: Final = 1
+SERIAL: Final = 2
+AREA: Final = 3
+COUNT: Final = 4
+INDEX: Final = 5
+OFFSET: Final = 6
+_WORDS: Final = 8
+
+_LENGTHS_AT: Final = 64
+_TEXT_AT: Final = 512
+_TEXT_MAX: Final = 1024
+_PACKET_AT: Final = 2048
+_BUFFERS_AT: Final = 4096
+SHOWN_MAX: Final = 256
+"""Octets of a packet that are told."""
+
+STRIDE: Final = 65_536 + 22 + 10 + 8 + 64 - 40
+"""A largest packet, an Ethernet header and two VLAN tags, a virtio_net_hdr; then an odd number of cache lines, 1,025,
+so that the packets' headers do not all fall into one set of the cache."""
+
+_SHORT: Final = struct.Struct("<H")
+_LONG: Final = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True)
+class Remains:
+    """Where a worker was when it ended: which attach, which stage's area, which packet.
+
+    `packet` is the first `SHOWN_MAX` octets, of `packet_bytes`; empty where it had none in hand.
+    """
+
+    serial: int
+    area: int
+    error: str
+    packet: bytes
+    packet_bytes: int
+
+
+def create() -> int:
+    """Return a memfd of the right size, which nobody can change any more; the caller closes it. Raises OSError."""
+    fd = os.memfd_create("tunledger-packets", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, _BUFFERS_AT + BATCH_MAX * STRIDE)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+class BlackBox:
+    """The worker's end. `words`, `lengths` and `buffers` are public because the packet loop uses them in place."""
+
+    def __init__(self, fd: int) -> None:
+        """Map the memory behind `fd`, which may be closed afterwards. Raises OSError."""
+        whole = memoryview(mmap.mmap(fd, _BUFFERS_AT + BATCH_MAX * STRIDE))
+        self.words: Final = whole[: 8 * _WORDS].cast("Q")
+        self.lengths: Final = whole[_LENGTHS_AT : _LENGTHS_AT + 4 * BATCH_MAX].cast("I")
+        starts = [_BUFFERS_AT + number * STRIDE for number in range(BATCH_MAX)]
+        self.buffers: Final = [whole[start : start + STRIDE] for start in starts]
+        self.noted = False
+        """Whether an end has been written down."""
+        self._text: Final = whole[_TEXT_AT:_PACKET_AT]
+        self._packet: Final = whole[_PACKET_AT:_BUFFERS_AT]
+
+    def note(self, error: BaseException, packet: memoryview | None) -> None:
+        """Write down what Python said, and about which packet; the first time counts."""
+        if self.noted:
+            return
+        self.noted = True
+        said = f"{type(error).__name__}: {error}".encode(errors="replace")[:_TEXT_MAX]
+        _SHORT.pack_into(self._text, 0, len(said))
+        self._text[2 : 2 + len(said)] = said
+        shown = b"" if packet is None else bytes(packet[:SHOWN_MAX])
+        self._packet[4 : 4 + len(shown)] = shown
+        _LONG.pack_into(self._packet, 0, 0 if packet is None else len(packet))
+        self.words[COUNT] = 0
+
+
+class Recovered:
+    """The supervisor's end, read-only. The mapping goes away with the last reference to this object."""
+
+    def __init__(self, fd: int) -> None:
+        """Map the memory behind `fd`, which may be closed afterwards. Raises OSError."""
+        self._whole: Final = memoryview(mmap.mmap(fd, _BUFFERS_AT + BATCH_MAX * STRIDE, prot=mmap.PROT_READ))
+        self._words: Final = self._whole[: 8 * _WORDS].cast("Q")
+
+    def turn(self) -> int | None:
+        """Which turn of its loop the worker is in; None while it waits for something to do."""
+        turn, busy = self._words[TURN], self._words[BUSY]
+        return turn if busy else None
+
+    def read(self) -> Remains | None:
+        """What a worker that is dead had in hand; None if that was no stage's doing."""
+        _, _, serial, area, count, index, offset, _ = self._words.tolist()
+        if not area:
+            return None
+        said = bytes(self._whole[_TEXT_AT + 2 :][: min(_TEXT_MAX, _SHORT.unpack_from(self._whole, _TEXT_AT)[0])])
+        if count and index < BATCH_MAX:
+            (length,) = _LONG.unpack_from(self._whole, _LENGTHS_AT + 4 * index)
+            start = _BUFFERS_AT + index * STRIDE + min(offset, 64)
+        else:
+            (length,) = _LONG.unpack_from(self._whole, _PACKET_AT)
+            start = _PACKET_AT + 4
+        packet = bytes(self._whole[start : start + min(length, SHOWN_MAX)])
+        return Remains(serial, area - 1, said.decode(errors="replace"), packet, length)

@@ -1,0 +1,215 @@
+"""`inspect`: counts what goes by and lets all of it pass. Totals, flows, sizes, TCP flags, the latest packets.
+
+What it found is in the stage's memory (`flowtable`), where the service reads it; nothing is decoded or shown here.
+
+Theory of operation. A packet costs one addition: to what the window has so far for its `Entry`, which stands for flow,
+direction, class and TCP flags at once; a run of packets with the same entry costs one for all. At the end of a window
+(`WINDOW_NS`, or a tick, or too many entries) the sums are folded into rows and totals, and what changed is written to
+the memory. So the service sees everything at most a second late, and 20 times a second under load.
+
+Of the packets themselves at most `packets` are kept in each window, the first ones: all of them while few come, and
+under load as many as the ring holds, in a row, from the last twentieth of a second.
+"""
+
+import mmap
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from struct import Struct
+from typing import Any, ClassVar, Final
+
+from service.dataplane.contract import BOTH, Batch, Context, Direction, Processor
+from service.dataplane.flowtable import (
+    CLASS_WORDS,
+    FLAGS_AT,
+    PROTOCOLS_AT,
+    SIZE_BINS,
+    SIZES_AT,
+    WIRE_AT,
+    FlowTableWriter,
+    table_bytes,
+)
+from service.packet.flowkey import Entry, Meter
+
+WINDOW_NS: Final = 50_000_000
+WINDOW_ENTRIES: Final = 4096
+"""Entries summed before a window ends early: folding that many takes some 5 ms."""
+
+_GSO: Final = Struct("=4xHH").unpack_from
+"""gso_size and csum_start of a virtio_net_hdr."""
+
+
+class Inspect(Processor):
+    """Options: `flows`, rows of the table, the least recently seen one making room; `packets`, how many are kept."""
+
+    directions: ClassVar[frozenset[Direction]] = BOTH
+    takes_segments: ClassVar[bool] = True
+    figures: ClassVar[tuple[str, ...]] = ("flows_evicted",)
+
+    @classmethod
+    def memory_bytes(cls, options: Mapping[str, Any]) -> int:
+        """Octets of shared memory that a stage with these options needs."""
+        return table_bytes(options.get("flows", 4096), options.get("packets", 64))
+
+    def __init__(self, options: Mapping[str, Any], context: Context) -> None:
+        """Map the stage's memory, `context.files[0]`. Raises ValueError without one, or if it is too small."""
+        super().__init__(options, context)
+        self._flows: Final[int] = options.get("flows", 4096)
+        self._keep: Final[int] = options.get("packets", 64)
+        if not context.files:
+            raise ValueError("inspect needs memory to write to")
+        self._mapped: Final = mmap.mmap(context.files[0], 0)
+        self._table: Final = FlowTableWriter(memoryview(self._mapped), self._flows, self._keep)
+        self._meter: Final = Meter(context.mode)
+        # Of the window: entry -> [packets, bytes, first seen, last seen, packets on the wire beyond packets].
+        self._sums: Final[tuple[dict[Entry, list[int]], dict[Entry, list[int]]]] = ({}, {})
+        self._sizes: Final[Counter[int]] = Counter()
+        self._window_ends = 0
+        self._last_ns = 0
+        self._may_keep = self._keep
+        # Of all time: flow -> [row, the nine figures of a row], least recently seen first.
+        self._rows: Final[OrderedDict[bytes, list[int]]] = OrderedDict()
+        self._seen = 0
+        self._evicted = 0
+
+    def process(self, batch: Batch) -> None:
+        """Sum up; nothing is taken out of the batch."""
+        packets = batch.packets
+        if not packets:
+            return
+        self._last_ns = now_ns = batch.time_ns
+        to_kernel = batch.direction == "to_kernel"
+        entries: list[Entry] | None = getattr(batch, "entries", None)
+        if entries is None:
+            entries = self._meter.look(packets)
+        if now_ns >= self._window_ends:
+            self._may_keep = self._keep
+        if self._may_keep:
+            self._keep_heads(packets, now_ns, to_kernel)
+        self._seen += len(packets)
+        sums = self._sums[to_kernel]
+        known = sums.get
+        lengths = list(map(len, packets))
+        self._sizes.update(lengths)
+        last = entries[0]
+        count = octets = 0
+        for entry, length in zip(entries, lengths, strict=True):
+            if entry is last:
+                count += 1
+                octets += length
+                continue
+            found = known(last)
+            if found is None:
+                sums[last] = [count, octets, now_ns, now_ns, 0]
+            else:
+                found[0] += count
+                found[1] += octets
+                found[3] = now_ns
+            last = entry
+            count = 1
+            octets = length
+        found = known(last)
+        if found is None:
+            sums[last] = [count, octets, now_ns, now_ns, 0]
+        else:
+            found[0] += count
+            found[1] += octets
+            found[3] = now_ns
+        if batch.headers is not None:
+            self._count_segments(batch.headers, entries, lengths, sums)
+        if now_ns >= self._window_ends or len(sums) > WINDOW_ENTRIES:
+            self._fold(now_ns)
+
+    def tick(self, now_ns: int) -> None:
+        """End the window: what came before a pause is shown."""
+        self._fold(now_ns)
+
+    def close(self) -> None:
+        """Write what is left, and let go of the memory."""
+        self._fold(self._last_ns)
+        self._table.release()
+        self._mapped.close()
+
+    def _keep_heads(self, packets: list[memoryview], now_ns: int, to_kernel: bool) -> None:
+        number = self._seen
+        for packet in packets[: self._may_keep]:
+            number += 1
+            self._table.write_head(number, now_ns, to_kernel, packet)
+        self._may_keep -= min(self._may_keep, len(packets))
+
+    @staticmethod
+    def _count_segments(
+        headers: list[memoryview], entries: list[Entry], lengths: list[int], sums: dict[Entry, list[int]]
+    ) -> None:
+        for index, header in enumerate(headers):
+            if header[1]:
+                size, start = _GSO(header)
+                entry = entries[index]
+                payload = lengths[index] - start - (entry.least or 8)
+                if size and payload > size:
+                    sums[entry][4] += (payload - 1) // size
+
+    def _fold(self, now_ns: int) -> None:
+        """Put the window's sums into rows and totals, and show them."""
+        self._window_ends = now_ns + WINDOW_NS
+        if not self._sizes:
+            return
+        totals = self._table.totals
+        evicted = self._evicted
+        changed: dict[bytes, list[int]] = {}
+        for side, sums in enumerate(self._sums):
+            for entry, (packets, octets, first_ns, last_ns, more) in sums.items():
+                at = side * CLASS_WORDS + 2 * entry.kind
+                totals[at] += packets
+                totals[at + 1] += octets
+                totals[WIRE_AT] += packets + more
+                flow = entry.flow
+                if flow is None:
+                    continue
+                at = PROTOCOLS_AT + 2 * entry.protocol
+                totals[at] += packets
+                totals[at + 1] += octets
+                flags = entry.tcp_flags
+                while flags:
+                    totals[FLAGS_AT + (flags & -flags).bit_length() - 1] += packets
+                    flags &= flags - 1
+                row = self._row(flow, first_ns, changed)
+                changed[flow] = row
+                if first_ns < row[5]:
+                    row[5] = first_ns
+                if entry.swapped:
+                    row[3] += packets
+                    row[4] += octets
+                    row[7] |= entry.tcp_flags << 16
+                    row[9] += packets + more
+                else:
+                    row[1] += packets
+                    row[2] += octets
+                    row[7] |= entry.tcp_flags
+                    row[8] += packets + more
+                if last_ns > row[6]:
+                    row[6] = last_ns
+            sums.clear()
+        for length, packets in self._sizes.items():
+            totals[SIZES_AT + min(length.bit_length(), SIZE_BINS - 1)] += packets
+        self._sizes.clear()
+        for flow, row in changed.items():
+            self._table.write_row(row[0], flow, row[1:])
+        self._table.publish(len(self._rows), self._evicted, self._seen, now_ns)
+        if self._evicted != evicted:
+            self.context.count("flows_evicted", self._evicted - evicted)
+
+    def _row(self, flow: bytes, first_ns: int, changed: dict[bytes, list[int]]) -> list[int]:
+        """The row of a flow, a new one if need be, as the most recently seen."""
+        rows = self._rows
+        row = rows.get(flow)
+        if row is not None:
+            rows.move_to_end(flow)
+            return row
+        place = len(rows)
+        if place == self._flows:
+            gone, oldest = rows.popitem(last=False)
+            changed.pop(gone, None)
+            place = oldest[0]
+            self._evicted += 1
+        rows[flow] = row = [place, 0, 0, 0, 0, first_ns, 0, 0, 0, 0]
+        return row

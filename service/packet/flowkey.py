@@ -1,0 +1,332 @@
+"""Which class and which flow a packet is of, for many packets at the price of one: a memo keyed by what decides it.
+
+A worker looks at every packet once, with a `Meter`; its counters, and the stages that care for flows, share what it
+found. Nothing is counted, kept or judged in here, and no packet is ever refused: `classify` says what is malformed,
+and `look` agrees with it for every string of octets.
+
+Theory of operation. Nearly all packets are IPv4 without options or IPv6 without extension headers, whole, and carry
+TCP, UDP or ICMP with lengths that fit each other. For those one `struct.unpack_from` fetches the octets that decide;
+the lengths are compared, and the rest (addresses, ports, for TCP the data offset and the flags) is the key of a dict
+whose value is the `Entry`. Whatever is not of that kind, or not in the dict yet, is looked at octet by octet
+(`look_at`), which costs some 2 us. Total lengths, identifications, sequence numbers and checksums are not in the
+keys, so that one flow takes a few places in the memo: one for each direction and each set of TCP flags. The memo is
+bounded: when it is full it is emptied, and every flow pays once more.
+
+A flow, as a key of 40 octets (`flow_ends` takes it apart), is the same in both directions: version, protocol, and
+both ends, the lower one first. Its ports are TCP's and UDP's own; for ICMP and ICMPv6 echo both are the identifier,
+so that each ping is a flow of its own; all else has none (0). Fragments have none either, the first one included: so
+all parts of a datagram are of one flow, though not of the flow of the whole ones. VLAN tags and MAC addresses make no
+difference.
+"""
+
+import struct
+from collections.abc import Sequence
+from typing import Final, Literal, NamedTuple
+
+from service.packet.classify import CLASSES, FIRST_MALFORMED, classify, classify_frame
+
+Octets = bytes | bytearray | memoryview
+
+ENTRIES_MAX: Final = 32_768
+"""Entries in a memo, some 400 octets each with their keys: 13 MB, and 3 ms to forget them all."""
+
+FLOW_BYTES: Final = 40
+
+_FLOW: Final = struct.Struct("!BBHH16s16s2x")
+_ARP: Final = CLASSES.index("arp")
+_ETHERNET_OTHER: Final = CLASSES.index("ethernet.other")
+_EXTENSIONS: Final = frozenset({0, 43, 44, 51, 60, 135, 139, 140})  # as in classify
+
+# What is fetched: version and IHL, total length, then flags, offset, TTL and protocol as one word, addresses and ports
+# as one string, the UDP length (or ICMP's identifier), and what holds TCP's data offset and flags.
+_IPV4_FORMAT: Final = "BxH2xI2x12sH6xH"
+_IPV6_FORMAT: Final = "4xHBx36sH6xH"
+_IPV4: Final = struct.Struct(f"!{_IPV4_FORMAT}")
+_IPV6: Final = struct.Struct(f"!{_IPV6_FORMAT}")
+_FRAME_IPV4: Final = struct.Struct(f"!12xH{_IPV4_FORMAT}")
+_FRAME_IPV6: Final = struct.Struct(f"!14x{_IPV6_FORMAT}")
+_WHOLE: Final = 0xBFFF00FF
+"""Of flags, offset, TTL and protocol: all that has to be 0 but the protocol. Don't-fragment may be set."""
+
+
+class FlowEnds(NamedTuple):
+    """What a flow's key says. Addresses are 4 or 16 octets; `version` is IP's."""
+
+    version: int
+    protocol: int
+    first: bytes
+    first_port: int
+    second: bytes
+    second_port: int
+
+
+class Entry:
+    """What a look at a packet found. Shared between packets and never changed; equal looks mostly give the same object.
+
+    Attributes:
+        kind: the index into `classify.CLASSES`.
+        flow: the flow's key, or None where there is no IP packet that makes sense.
+        swapped: whether the packet goes from the flow's second end to its first.
+        protocol: what IP carries; of a fragment, what its fragment header says; 0 without a flow.
+        tcp_flags: the nine control bits (RFC 9293, 3.1), 0 where there is no TCP header.
+        least: octets that IP must carry at least for a TCP packet with these flags to be one.
+    """
+
+    __slots__ = ("flow", "kind", "least", "protocol", "swapped", "tcp_flags")
+
+    def __init__(self, kind: int, flow: bytes | None, swapped: bool, protocol: int, tcp_flags: int, least: int) -> None:
+        self.kind: Final = kind
+        self.flow: Final = flow
+        self.swapped: Final = swapped
+        self.protocol: Final = protocol
+        self.tcp_flags: Final = tcp_flags
+        self.least: Final = least
+
+    def _same(self) -> tuple[int, bytes | None, bool, int, int, int]:
+        return self.kind, self.flow, self.swapped, self.protocol, self.tcp_flags, self.least
+
+    def __repr__(self) -> str:
+        return f"Entry{self._same()!r}"
+
+
+_FLOWLESS: Final = tuple(Entry(kind, None, False, 0, 0, 0) for kind in range(len(CLASSES)))
+
+
+def flow_key(version: int, protocol: int, source: bytes, source_port: int, to: bytes, to_port: int) -> bytes:
+    """The key of the flow between these ends, whichever is named first. Addresses are 4 or 16 octets."""
+    if (source, source_port) > (to, to_port):
+        source, source_port, to, to_port = to, to_port, source, source_port
+    return _FLOW.pack(version, protocol, source_port, to_port, source, to)
+
+
+def flow_ends(flow: Octets) -> FlowEnds:
+    """Take a key apart. Raises struct.error if it has not `FLOW_BYTES` octets."""
+    version, protocol, first_port, second_port, first, second = _FLOW.unpack(flow)
+    if version == 4:
+        first, second = first[:4], second[:4]
+    return FlowEnds(version, protocol, first, first_port, second, second_port)
+
+
+def look_at(packet: Octets, mode: Literal["tun", "tap"]) -> Entry:
+    """Look at one packet, an IP packet or (tap) an Ethernet frame, without a memo. Never raises."""
+    length = len(packet)
+    if mode == "tun":
+        kind = classify(packet, length)
+        at = 0
+    else:
+        kind = classify_frame(packet, length)
+        at = 14
+        while kind < FIRST_MALFORMED and packet[at - 2] << 8 | packet[at - 1] in (0x8100, 0x88A8):
+            at += 4
+    if kind >= FIRST_MALFORMED or kind in (_ARP, _ETHERNET_OTHER):
+        return _FLOWLESS[kind]
+    # From here on classify has vouched for every length that is read.
+    fragment = False
+    fragmented = 0
+    transport = True
+    if packet[at] >> 4 == 4:
+        version = 4
+        protocol = packet[at + 9]
+        offset = (packet[at + 6] & 0x1F) << 8 | packet[at + 7]
+        fragment = bool(offset or packet[at + 6] & 0x20)
+        transport = not offset
+        source, to = bytes(packet[at + 12 : at + 16]), bytes(packet[at + 16 : at + 20])
+        upper = at + ((packet[at] & 0x0F) << 2)
+    else:
+        version = 6
+        protocol = packet[at + 6]
+        source, to = bytes(packet[at + 8 : at + 24]), bytes(packet[at + 24 : at + 40])
+        upper = at + 40
+        while protocol in _EXTENSIONS:
+            here, protocol = protocol, packet[upper]
+            if here == 44:
+                if packet[upper + 2] or packet[upper + 3] & 0xF9:
+                    fragmented = fragmented or protocol
+                    fragment = True
+                if packet[upper + 2] or packet[upper + 3] & 0xF8:
+                    transport = False
+                    break
+                upper += 8
+            elif here == 51:
+                upper += (packet[upper + 1] + 2) << 2
+            else:
+                upper += (packet[upper + 1] + 1) << 3
+    source_port = to_port = flags = least = 0
+    flow_protocol = protocol
+    if transport and protocol == 6:
+        source_port = packet[upper] << 8 | packet[upper + 1]
+        to_port = packet[upper + 2] << 8 | packet[upper + 3]
+        least = (packet[upper + 12] & 0xF0) >> 2
+        flags = (packet[upper + 12] & 1) << 8 | packet[upper + 13]
+    elif transport and protocol == 17:
+        source_port = packet[upper] << 8 | packet[upper + 1]
+        to_port = packet[upper + 2] << 8 | packet[upper + 3]
+    elif transport and (
+        (version == 4 and protocol == 1 and packet[upper] in (0, 8))
+        or (version == 6 and protocol == 58 and packet[upper] in (128, 129))
+    ):
+        source_port = to_port = packet[upper + 4] << 8 | packet[upper + 5]
+    if fragment:
+        source_port = to_port = 0
+        if version == 6:
+            flow_protocol = fragmented
+    swapped = (source, source_port) > (to, to_port)
+    flow = flow_key(version, flow_protocol, source, source_port, to, to_port)
+    return Entry(kind, flow, swapped, flow_protocol, flags, least)
+
+
+class Meter:
+    """Looks at packets of one mode. One may serve many devices; it belongs to one thread."""
+
+    __slots__ = ("_entries", "_icmp", "_look", "_mode", "_most", "_seen", "_tcp", "_udp", "look")
+
+    def __init__(self, mode: Literal["tun", "tap"], entries_max: int = ENTRIES_MAX) -> None:
+        self._mode: Final = mode
+        self._most: Final = entries_max
+        # Keys of IPv4 and IPv6 differ in length, those of TCP in kind: no two packets meet in one place by chance.
+        self._udp: Final[dict[bytes, Entry]] = {}
+        self._tcp: Final[dict[tuple[bytes, int], Entry]] = {}
+        self._icmp: Final[dict[tuple[bytes, int], Entry]] = {}
+        self._entries: Final[dict[tuple[int, bytes | None, bool, int, int, int], Entry]] = {}
+        self._seen: Final[dict[bytes, bytes]] = {}
+        self.look: Final = self._look_at_packets if mode == "tun" else self._look_at_frames
+        """Look at packets; returns an entry for each, in their order. Never raises."""
+
+    def __len__(self) -> int:
+        """Entries that are remembered."""
+        return len(self._udp) + len(self._tcp) + len(self._icmp) + len(self._entries)
+
+    def _look_at_packets(self, packets: Sequence[memoryview]) -> list[Entry]:
+        udp, tcp, icmp = self._udp.get, self._tcp.get, self._icmp.get
+        ipv4, ipv6 = _IPV4.unpack_from, _IPV6.unpack_from
+        found: list[Entry] = []
+        add = found.append
+        for packet in packets:
+            length = len(packet)
+            head: Octets = packet
+            if length < 54:
+                if length < 28:
+                    add(self._unusual(packet))
+                    continue
+                head = bytes(packet) + _PADDING
+            entry: Entry | None = None
+            if head[0] == 0x45:
+                _, total, shape, ends, size, flags = ipv4(head)
+                if total <= length:
+                    protocol = shape & _WHOLE
+                    if protocol == 17:
+                        if size == total - 20 and size >= 8:
+                            entry = udp(ends)
+                    elif protocol == 6:
+                        entry = tcp((ends, flags))
+                        if entry is not None and entry.least > total - 20:
+                            entry = None
+                    elif protocol == 1 and total >= 28:
+                        entry = icmp((ends[:9], size))
+            elif head[0] & 0xF0 == 0x60:
+                total, protocol, ends, size, flags = ipv6(head)
+                if total <= length - 40:
+                    if protocol == 17:
+                        if size == total and size >= 8:
+                            entry = udp(ends)
+                    elif protocol == 6:
+                        entry = tcp((ends, flags))
+                        if entry is not None and entry.least > total:
+                            entry = None
+                    elif protocol == 58 and total >= 8:
+                        entry = icmp((ends[:33], size))
+            add(entry or self._unusual(packet))
+        return found
+
+    def _look_at_frames(self, packets: Sequence[memoryview]) -> list[Entry]:
+        udp, tcp, icmp = self._udp.get, self._tcp.get, self._icmp.get
+        ipv4, ipv6 = _FRAME_IPV4.unpack_from, _FRAME_IPV6.unpack_from
+        found: list[Entry] = []
+        add = found.append
+        for packet in packets:
+            length = len(packet)
+            head: Octets = packet
+            if length < 72:
+                if length < 42:
+                    add(self._unusual(packet))
+                    continue
+                head = bytes(packet) + _PADDING
+            entry: Entry | None = None
+            ethertype, first, total, shape, ends, size, flags = ipv4(head)
+            shift = 0
+            if ethertype == 0x8100:
+                shift = 4
+                ethertype, first, total, shape, ends, size, flags = ipv4(head, 4)
+            if ethertype == 0x0800:
+                if first == 0x45 and total <= length - 14 - shift:
+                    protocol = shape & _WHOLE
+                    if protocol == 17:
+                        if size == total - 20 and size >= 8:
+                            entry = udp(ends)
+                    elif protocol == 6:
+                        entry = tcp((ends, flags))
+                        if entry is not None and entry.least > total - 20:
+                            entry = None
+                    elif protocol == 1 and total >= 28:
+                        entry = icmp((ends[:9], size))
+            elif ethertype == 0x86DD and first & 0xF0 == 0x60:
+                total, protocol, ends, size, flags = ipv6(head, shift)
+                if total <= length - 54 - shift:
+                    if protocol == 17:
+                        if size == total and size >= 8:
+                            entry = udp(ends)
+                    elif protocol == 6:
+                        entry = tcp((ends, flags))
+                        if entry is not None and entry.least > total:
+                            entry = None
+                    elif protocol == 58 and total >= 8:
+                        entry = icmp((ends[:33], size))
+            add(entry or self._unusual(packet))
+        return found
+
+    def _unusual(self, packet: memoryview) -> Entry:
+        """Look at a packet that the memo did not know, and remember it where that is possible."""
+        entry = look_at(packet, self._mode)
+        flow = entry.flow
+        if flow is None:
+            return entry
+        if len(self) >= self._most:
+            for memo in (self._udp, self._tcp, self._icmp, self._entries, self._seen):
+                memo.clear()
+        # One object for all looks of a kind, and one key for all entries of a flow: equal then mostly means identical.
+        known = self._seen.setdefault(flow, flow)
+        if known is not flow:
+            entry = Entry(entry.kind, known, entry.swapped, entry.protocol, entry.tcp_flags, entry.least)
+        entry = self._entries.setdefault(entry._same(), entry)
+        self._remember(packet, entry)
+        return entry
+
+    def _remember(self, packet: memoryview, entry: Entry) -> None:
+        """Put `entry` where the fast look finds it, if `packet` is of the kind that it serves."""
+        at = 0
+        if self._mode == "tap":
+            at = 18 if packet[12] == 0x81 and packet[13] == 0 else 14
+            if packet[at - 2] << 8 | packet[at - 1] != (0x0800 if packet[at] == 0x45 else 0x86DD):
+                return
+        head = bytes(packet[at : at + 54]) + _PADDING
+        if head[0] == 0x45:
+            _, total, shape, ends, size, flags = _IPV4.unpack_from(head)
+            protocol = shape & _WHOLE
+            carried = total - 20
+            echo, icmp = ends[:9], 1
+        else:
+            carried, protocol, ends, size, flags = _IPV6.unpack_from(head)
+            echo, icmp = ends[:33], 58
+            if head[0] >> 4 != 6:
+                return
+        if protocol == 17:
+            if size == carried:
+                self._udp[ends] = entry
+        elif protocol == 6:
+            self._tcp[ends, flags] = entry
+        elif protocol == icmp:
+            self._icmp[echo, size] = entry
+
+
+_PADDING: Final = bytes(54 + 4)
+"""Behind a short packet, so that what is fetched for longer ones is there: none of it decides anything."""

@@ -1,0 +1,198 @@
+"""Chains in real workers, on sockets in place of devices: what each stage gets, and what becomes of packets."""
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from service.dataplane.supervisor import DataplaneError, Supervisor
+from service.dataplane.work import Work
+from tests.dataplane.conftest import Observed, StartSupervisor, Until
+from tests.dataplane.sample_processors import NAMES
+from tests.dataplane.test_supervisor import IPV4_UDP, MakeFeed, feed, worker_pids
+
+__all__ = ["feed"]
+
+
+def chain(*stages: dict[str, Any], **more: Any) -> Work:
+    return Work(chain=tuple({"on_crash": "restart", **stage} for stage in stages), **more)
+
+
+COUNT = {"processor": "count"}
+
+
+def drops(supervisor: Supervisor, device: str) -> dict[str, int]:
+    return dict(supervisor.counters()[device].drops)
+
+
+Start = Callable[..., Supervisor]
+
+
+@pytest.fixture
+def start(start_supervisor: StartSupervisor) -> Start:
+    return lambda **arguments: start_supervisor(processors=NAMES, **arguments)
+
+
+def test_stages_get_what_the_one_before_left_and_what_is_left_ends_counted(
+    start: Start, feed: MakeFeed, until: Until
+) -> None:
+    supervisor = start()
+    device = feed()
+    work = chain(COUNT, {"processor": "drop", "first": 0x45}, COUNT)
+    supervisor.attach("a", device.fd, mode="tun", work=work)
+    for packet in (IPV4_UDP, b"\xff" * 10, IPV4_UDP):
+        device.socket.send(packet)
+    until(lambda: drops(supervisor, "a") == {"end_of_chain": 2, "filtered": 1})
+    statuses = supervisor.stages("a")
+    assert [(s.processor, s.bypassed, s.packets_in, s.packets_out) for s in statuses] == [
+        ("count", False, 3, 3),
+        ("drop", False, 3, 2),
+        ("count", False, 2, 2),
+    ]
+    assert statuses[0].figures["octets"] == 66
+    assert statuses[2].figures["seen"] == 2
+    assert dict(supervisor.attached()) == {"a": work}
+
+
+def test_what_is_sent_runs_through_the_targets_chain_backwards_and_is_counted_there(
+    start: Start, feed: MakeFeed, until: Until
+) -> None:
+    supervisor = start()
+    source, target = feed(), feed()
+    supervisor.attach("b", target.fd, mode="tun", name="tun1", work=chain({"processor": "drop", "first": 0x45}, COUNT))
+    supervisor.attach("a", source.fd, mode="tun", name="tun0", work=chain({"processor": "send", "to": "tun1"}))
+    source.socket.send(b"\xff" * 10)
+    source.socket.send(IPV4_UDP)
+    assert target.socket.recv(100) == IPV4_UDP
+    until(lambda: supervisor.counters()["b"].to_kernel == {"ipv4.udp": (1, 28)})
+    assert drops(supervisor, "b") == {"filtered": 1}
+    assert drops(supervisor, "a") == {}
+    assert [(s.packets_in, s.packets_out) for s in supervisor.stages("b")] == [(2, 1), (2, 2)]
+
+
+def test_an_output_may_come_later_and_go(start: Start, feed: MakeFeed, until: Until) -> None:
+    supervisor = start(workers=2)
+    source, target = feed(), feed()
+    supervisor.attach("a", source.fd, mode="tun", name="tun0", work=chain({"processor": "send", "to": "tun1"}))
+    source.socket.send(IPV4_UDP)
+    until(lambda: drops(supervisor, "a") == {"no_output": 1})
+    supervisor.attach("b", target.fd, mode="tun", name="tun1")
+    source.socket.send(IPV4_UDP)
+    assert target.socket.recv(100) == IPV4_UDP
+    supervisor.detach("b")
+    source.socket.send(IPV4_UDP)
+    until(lambda: drops(supervisor, "a") == {"no_output": 2})
+    frames = feed()
+    supervisor.attach("b", frames.fd, mode="tap", name="tun1")
+    source.socket.send(IPV4_UDP)
+    until(lambda: drops(supervisor, "a") == {"no_output": 2, "mode": 1})
+
+
+def test_a_full_output_costs_packets_and_no_time(start: Start, feed: MakeFeed, until: Until) -> None:
+    supervisor = start()
+    source, target = feed(), feed()
+    supervisor.attach("b", target.fd, mode="tun", name="tun1")
+    supervisor.attach("a", source.fd, mode="tun", name="tun0", work=chain({"processor": "send", "to": "tun1"}))
+    for _ in range(3000):
+        source.socket.send(IPV4_UDP)
+    until(lambda: supervisor.counters()["a"].from_kernel["ipv4.udp"][0] == 3000)
+    full = drops(supervisor, "a")["output_full"]
+    assert full > 0
+    assert supervisor.counters()["b"].to_kernel["ipv4.udp"][0] == 3000 - full
+    assert supervisor.healthy() == []
+
+
+def test_a_changed_chain_keeps_the_stages_it_has_in_common(start: Start, feed: MakeFeed, until: Until) -> None:
+    supervisor = start()
+    device = feed()
+    supervisor.attach("a", device.fd, mode="tun", work=chain(COUNT, {"processor": "count", "tag": 1}))
+    device.socket.send(IPV4_UDP)
+    until(lambda: drops(supervisor, "a") == {"end_of_chain": 1})
+    changed = chain({"processor": "drop", "first": 0x45}, {"processor": "count", "tag": 1}, COUNT, COUNT)
+    supervisor.configure("a", changed)
+    assert supervisor.attached()["a"] == changed
+    assert [s.figures.get("seen") for s in supervisor.stages("a")] == [None, 1, 1, 0]
+    device.socket.send(IPV4_UDP)
+    until(lambda: drops(supervisor, "a") == {"end_of_chain": 2})
+    assert [s.figures.get("seen") for s in supervisor.stages("a")] == [None, 2, 2, 1]
+    supervisor.configure("a", Work())
+    assert supervisor.stages("a") == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"processor": "picky", "size": 2}, "a: picky: size: is 2, expected 1"),
+        ({"processor": "nobody"}, "a: no processor is called nobody; known: .*balance, .*picky"),
+        ({"processor": "absent"}, "absent cannot be used: .*ModuleNotFoundError: No module named 'no'"),
+        ({"processor": "missing"}, "missing cannot be used: .*AttributeError"),
+        ({"processor": "send"}, "a: send: KeyError: 'to'"),
+    ],
+)
+def test_a_stage_that_cannot_be_is_refused_and_the_old_chain_stays(
+    start: Start, feed: MakeFeed, until: Until, observed: Observed, stage: dict[str, Any], message: str
+) -> None:
+    supervisor = start()
+    device, other = feed(), feed()
+    old = chain(COUNT)
+    supervisor.attach("a", device.fd, mode="tun", work=old)
+    with pytest.raises(DataplaneError, match=message) as caught:
+        supervisor.configure("a", chain(stage, {"processor": "count", "new": True}))
+    assert (caught.value.code, caught.value.retry) == ("stage_refused", False)
+    assert supervisor.attached()["a"] == old
+    device.socket.send(IPV4_UDP)
+    until(lambda: supervisor.stages("a")[0].figures["seen"] == 1)
+    with pytest.raises(DataplaneError, match=message.replace("a: ", "b: ", 1)):
+        supervisor.attach("b", other.fd, mode="tun", work=chain(stage))
+    assert other.released()
+    assert observed.exits == []
+
+
+def test_an_answer_goes_back_through_the_chain(start: Start, feed: MakeFeed, until: Until) -> None:
+    supervisor = start()
+    device = feed()
+    supervisor.attach("a", device.fd, mode="tun", work=chain(COUNT, {"processor": "echo"}))
+    device.socket.send(IPV4_UDP)
+    assert device.socket.recv(100) == IPV4_UDP
+    until(lambda: supervisor.stages("a")[1].figures["taken"] == 1)
+    assert supervisor.stages("a")[0].figures["seen"] == 2, "once on its way in, once on its way out"
+    assert supervisor.counters()["a"].to_kernel == {"ipv4.udp": (1, 28)}
+
+
+def test_processors_tick(start: Start, feed: MakeFeed, until: Until) -> None:
+    supervisor = start()
+    supervisor.attach("a", feed().fd, mode="tun", work=chain(COUNT))
+    until(lambda: supervisor.stages("a")[0].figures["ticks"] == 2)
+
+
+def test_devices_that_come_to_exchange_packets_are_brought_together_without_a_loss(
+    start: Start, feed: MakeFeed, until: Until, observed: Observed
+) -> None:
+    supervisor = start(workers=2)
+    source, target, third = feed(), feed(), feed()
+    supervisor.attach("a", source.fd, mode="tun", name="tun0", work=chain(COUNT))
+    session = supervisor.attach("b", target.fd, mode="tun", name="tun1")
+    source.socket.send(IPV4_UDP)
+    target.socket.send(IPV4_UDP)
+    until(lambda: drops(supervisor, "a") == drops(supervisor, "b") == {"end_of_chain": 1})
+    for pid in worker_pids():
+        os.kill(pid, signal.SIGSTOP)
+    target.socket.send(b"\xff" * 10)  # waits in the queue of a device that is about to be moved
+    for pid in worker_pids():
+        os.kill(pid, signal.SIGCONT)
+    supervisor.configure("a", chain(COUNT, {"processor": "send", "to": "tun1"}))
+    source.socket.send(IPV4_UDP)
+    assert target.socket.recv(100) == IPV4_UDP
+    until(lambda: drops(supervisor, "b") == {"end_of_chain": 2})
+    counters = supervisor.counters()["b"]
+    assert counters.session == session, "its figures go on"
+    assert counters.from_kernel == {"ipv4.udp": (1, 28), "malformed.bad_version": (1, 10)}
+    assert counters.to_kernel == {"ipv4.udp": (1, 28)}
+    assert supervisor.stages("a")[0].figures["seen"] == 2, "the one with the longer chain stayed"
+    # A third joins both: it goes where they are, though the other worker has nothing to do.
+    supervisor.attach("c", third.fd, mode="tun", name="tun2", work=chain({"processor": "send", "to": "tun0"}))
+    third.socket.send(IPV4_UDP)
+    assert source.socket.recv(100) == IPV4_UDP
+    assert (observed.exits, observed.lost) == ([], [])
