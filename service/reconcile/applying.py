@@ -50,12 +50,13 @@ class Applying:
 
         Args:
             netns: where to look for one that shall be gone.
-            before: the network namespace that it is in until now, if it is in any; remembered from then on.
+            before: the network namespace that it is in until now, if it is in any.
         """
         netns = netns if spec is None else spec.netns
-        if before is not ... and before != netns:
-            self._formerly[interface_id] = self.formerly(interface_id) | {before, netns}
-        left = self.formerly(interface_id) - {netns} if self._formerly else frozenset()
+        formerly = self.formerly(interface_id) if self._formerly else frozenset()
+        if before is not ...:
+            formerly |= {before}
+        left = formerly - {netns} if formerly else formerly
         return Wanted(Token(self._node, interface_id), name, spec, fresh, netns, left)
 
     def formerly(self, interface_id: InterfaceId) -> frozenset[str | None]:
@@ -74,6 +75,9 @@ class Applying:
 
     async def converge(self, wanted: Sequence[Wanted]) -> list[Result]:
         """Bring interfaces to what is wanted of them, in one batch with all that waits; errors are in the results."""
+        for each in wanted:
+            if each.formerly:  # from now on it may have left something there
+                self._formerly[each.id] = self.formerly(each.id) | each.formerly | {each.netns}
         try:
             return await self._crossing.result(self._applier.join(self._converge_each, wanted))
         except TunledgerError as error:

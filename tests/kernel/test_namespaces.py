@@ -4,13 +4,14 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from service.domain import steps as st
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.observed import ObservedLink
+from service.domain.spec import Offloads, Processing
 from service.domain.token import Token
 from service.domain.values import Address, InterfaceName, Mode, parse_cidr
 from service.kernel import doorway, namespaces, tundev
@@ -516,3 +517,19 @@ def test_a_fake_kernel_alone_is_a_namespace() -> None:
     assert hosts.present() == {}
     with pytest.raises(TunledgerError, match="does not exist"), hosts.entered("blue"):
         pass
+
+
+@pytest.mark.kernel
+def test_what_only_says_what_was_seen_in_a_namespace_makes_no_news(
+    listening: tuple[NamedHost, Monitor, threading.Event], blue: Named
+) -> None:
+    host, monitor, woken = listening
+    host.make()
+    settle(host, monitor)
+    plain = Processing(running=True, offloads=Offloads.OFF)
+    fd = host.kernel.open_device(replace(host.start(), processing=plain), OURS)
+    os.close(fd)  # the carrier came and went: messages that say nothing lasting
+    host.add_stranger("sentinel0", "")
+    told = news(monitor, woken, lambda told: told.names)
+    assert "sentinel0" in told.names
+    assert told.changed == {}
