@@ -35,8 +35,10 @@ from service.domain.values import CommandId, InterfaceId, NodeId
 from service.kernel.monitor import Monitor
 from service.kernel.namespaces import host_kernel
 from service.kernel.peer import Asker
+from service.plane import Plane, trim
 from service.reconcile.answer import Finished
 from service.reconcile.applier import Applier
+from service.reconcile.captures import Captures
 from service.reconcile.engine import Engine
 from service.reconcile.feed import Feed
 from service.reconcile.hands import Hands
@@ -230,6 +232,7 @@ class _Service:
         self._server: Server | None = None
         self._auditor: Auditor | None = None
         self._feed = Feed()
+        self._captures: Captures | None = None
         self._asker = Asker()
 
     async def run(self) -> int | None:
@@ -238,6 +241,7 @@ class _Service:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
             loop.add_signal_handler(number, self._on_signal, number)
         engine: Engine | None = None
+        captures: Captures | None = None
 
         def on_exit(death: WorkerExit) -> None:
             last = [
@@ -258,7 +262,11 @@ class _Service:
             on_device_lost=on_device_lost,
             packet_log=_packet_log if self._logs_packets else None,
             packets_per_s=max(1, self._config.logging.packets_per_s),
+            files_for=lambda *stage: captures.files_for(*stage) if captures is not None else (),
+            on_poke=lambda: captures.poked() if captures is not None else None,
+            on_tap_ended=lambda *tap: captures.ended(*tap) if captures is not None else None,
         )
+        plane = Plane(supervisor)
         # They come up on another processor while the log is read.
         workers = loop.run_in_executor(None, supervisor.start)
         try:
@@ -324,6 +332,16 @@ class _Service:
                 hours_s=self._config.counters.hours_s,
             ),
         )
+        directory = self._config.dataplane.capture_directory
+        captures = self._captures = Captures(
+            plane,
+            engine.note,
+            Path(directory) if directory else self._path.parent / "captures",
+            now=self._clock.now,
+            new_id=self._clock.new_id,
+            trim=trim,
+        )
+        captures.bind()
         try:
             if opened.frozen is None:
                 self._auditor = Auditor(self._path, opened.log, run=writer.run, on_problem=on_problem)
@@ -336,7 +354,7 @@ class _Service:
             except (DataplaneError, OSError) as error:
                 raise TunledgerError(ErrorCode.WORKER_FAILED, f"the packet workers cannot start: {error}") from error
             failpoints.reach("app.workers.started")
-            await self._serve(engine, opened)
+            await self._serve(engine, opened, captures, plane)
         finally:
             failpoints.reach("app.close.before")
             self._feed.close()
@@ -412,7 +430,7 @@ class _Service:
         assert self._server is not None
         self._server.should_exit = True
 
-    async def _serve(self, engine: Engine, opened: "_OpenedLog") -> None:
+    async def _serve(self, engine: Engine, opened: "_OpenedLog", captures: Captures, plane: Plane) -> None:
         started = ev.ServiceStarted(
             pid=os.getpid(), version=__version__, boot_id=boot_id(), uid=os.geteuid(), address=self._address
         )
@@ -432,6 +450,8 @@ class _Service:
             self._feed,
             opened.counters,
             self._asker,
+            captures=captures,
+            traffic=plane,
             audit=self._auditor.progress if self._auditor is not None else None,
             shutdown_s=self._config.shutdown.timeout_s,
         )
@@ -440,6 +460,7 @@ class _Service:
         tasks = [
             asyncio.create_task(keep_reconciled(engine, self._config.reconcile.interval_s)),
             asyncio.create_task(keep_counted(engine, self._config.counters.interval_s)),
+            asyncio.create_task(captures.run(opened.reader if opened.frozen is None else None)),
             *([starting] if starting is not None else []),
             *([asyncio.create_task(self._await_log())] if _passes(opened.frozen) else []),
         ]
@@ -463,6 +484,7 @@ class _Service:
             log.info("stopping", reason=reason)
             failpoints.reach("app.stop.before")
             if self._broken is None:
+                await captures.close()
                 await self._stop(engine, reason)
 
     async def _start_up(self, engine: Engine, started: ev.ServiceStarted) -> "asyncio.Task[None] | None":
@@ -516,6 +538,8 @@ class _Service:
             sys.stderr.flush()
             os._exit(FORCED + number)
         self._signal = number
+        if self._captures is not None:
+            self._captures.refuse()
         self._feed.close()  # an open stream would keep the server waiting
         if self._server is not None:
             self._server.should_exit = True

@@ -107,9 +107,10 @@ class ReconcileSection(Section, frozen=True):
 
 
 class DataplaneSection(Section, frozen=True):
-    """How many worker processes share the packets."""
+    """How many worker processes share the packets, and where captures go: beside the database if it is empty."""
 
     workers: int = 1
+    capture_directory: str = ""
 
 
 class Config(Section, frozen=True):
@@ -310,6 +311,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("shutdown.timeout_s", Number(1, 600), "s", "longest that an orderly stop may take"),
     Setting("reconcile.interval_s", Number(1, 3600), "s", "time between two comparisons that no event asked for"),
     Setting("dataplane.workers", Whole((1, 64)), "", "worker processes that share the packets"),
+    Setting("dataplane.capture_directory", Text(), "", "where captures are written; empty: `captures` beside the log"),
 )
 """Every setting, in the order of the file."""
 

@@ -16,8 +16,10 @@ from service.api.connection import Connection
 from service.api.events import EventLog
 from service.api.orders import Orders
 from service.api.read import LogView
+from service.api.traffic import Traffic
 from service.kernel.peer import Asker
 from service.reconcile.answer import Clock
+from service.reconcile.captures import Captures
 from service.reconcile.engine import Engine
 from service.reconcile.feed import Feed
 from service.store.counters import CounterReader
@@ -43,6 +45,8 @@ def server(
     counters: CounterReader,
     asker: Asker,
     *,
+    captures: Captures,
+    traffic: Traffic,
     audit: Callable[[], Progress] | None,
     shutdown_s: float,
 ) -> Server:
@@ -57,6 +61,8 @@ def server(
         LogView(reader),
         EventLog(reader, feed),
         counters,
+        captures=captures,
+        traffic=traffic,
         owner_of=asker.owner,
         own_uid=os.geteuid(),
         audit=audit,

@@ -14,6 +14,7 @@ from litestar.types import ASGIApp
 
 from service import __version__
 from service.api.access import Gate, OwnerOf
+from service.api.captures import CapturesController
 from service.api.classic import InterfaceController
 from service.api.counters import CountersController
 from service.api.events import EventLog, EventsController
@@ -22,7 +23,9 @@ from service.api.openapi import SchemaController
 from service.api.orders import Orders
 from service.api.problems import BODY_MAX_BYTES, answer, from_anything, from_domain, from_http
 from service.api.read import LogView
+from service.api.traffic import Traffic
 from service.domain.errors import TunledgerError
+from service.reconcile.captures import Captures
 from service.store.counters import CounterReader
 from service.store.snapshots import Progress
 
@@ -56,6 +59,8 @@ def application(
     event_log: EventLog,
     counters: CounterReader,
     *,
+    captures: Captures,
+    traffic: Traffic,
     owner_of: OwnerOf,
     own_uid: int,
     audit: Callable[[], Progress] | None = None,
@@ -84,13 +89,16 @@ def application(
             CommandsController,
             EventsController,
             CountersController,
+            CapturesController,
             SchemaController,
         ],
         dependencies={
             "audit": Provide(lambda: audit, sync_to_thread=False),
+            "captures": Provide(lambda: captures, sync_to_thread=False),
             "counters": Provide(lambda: counters, sync_to_thread=False),
             "event_log": Provide(lambda: event_log, sync_to_thread=False),
             "orders": Provide(lambda: orders, sync_to_thread=False),
+            "traffic_of": Provide(lambda: traffic, sync_to_thread=False),
             "view": Provide(lambda: view, sync_to_thread=False),
         },
         exception_handlers={

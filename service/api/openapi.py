@@ -18,6 +18,14 @@ from litestar import Controller, Response, get
 from service import __version__
 from service.api import render
 from service.api.bodies import BATCH_MAX
+from service.api.captures import (
+    PACKETS_DEFAULT,
+    PACKETS_SHOWN_MAX,
+    PCAPNG,
+    TAIL_LIMIT_MAX,
+    TAIL_PPS_DEFAULT,
+    TAIL_PPS_MAX,
+)
 from service.api.events import HEARTBEAT_S, LAST_EVENT_ID
 from service.api.events import PAGE_DEFAULT as EVENTS_DEFAULT
 from service.api.events import PAGE_MAX as EVENTS_MAX
@@ -25,6 +33,8 @@ from service.api.interfaces import HISTORY_MAX, PAGE_DEFAULT, PAGE_MAX, POSITION
 from service.api.orders import CONFIRM_S_MAX, REASON_CHARS_MAX
 from service.api.problems import BATCH_MAX_BYTES, BODY_MAX_BYTES, PROBLEM_TYPE, RETRY_AFTER_S, STATUS, status_v1
 from service.api.schemas import EVENTS, ID, NAME, SCHEMAS, Schema, integer, ref, text
+from service.api.traffic import TOP_DEFAULT, TOP_MAX
+from service.domain.chain import SNAPLEN_MAX
 from service.domain.errors import ErrorCode, TunledgerError
 
 # No scripts, styles or data but our own: the page must work on a host without a network, and leak nothing.
@@ -135,6 +145,13 @@ PARAMETERS: Final[dict[str, Schema]] = {
         "description": f"as in the header {render.COMMAND_ID} of the answer to the command",
         "schema": ID,
     },
+    "CaptureId": {
+        "name": "capture_id",
+        "in": "path",
+        "required": True,
+        "description": "of a capture of this interface",
+        "schema": ID,
+    },
     "DryRun": {
         "name": "dry_run",
         "in": "query",
@@ -214,6 +231,7 @@ TAGS: Final[Mapping[str, str]] = {
     "commands": "Many at once, what became of one, and making a change stay.",
     "host": "Whether host and log agree, and making them.",
     "log": "Who changed what, when, why, and what came of it; and the state at any moment.",
+    "packets": "What flows through an interface: its chain at work, flows, captures, packets in words.",
     "counters": "Lifetime totals and rates; they never go down, whatever happens to an interface.",
     "service": "The service itself, and this document.",
     "original": "The original API: one interface at a time, the one that its `create` made. It keeps its own form "
@@ -612,6 +630,7 @@ def _operations() -> list[Operation]:
             answers={200: Answer(schema=text(), description="the file", media_type="*/*")},
             codes=(_E.NOT_FOUND,),
         ),
+        *_packets(),
         *_original(),
     ]
 
@@ -764,6 +783,190 @@ def _counters() -> list[Operation]:
             ),
             answers={200: Answer(schema=ref("InterfaceCounters"), description="the counters")},
             codes=(*codes, _E.NOT_FOUND),
+        ),
+    ]
+
+
+def _packets() -> list[Operation]:
+    one = "/api/v1/interfaces/{name}"
+    capture = f"{one}/captures/{{capture_id}}"
+    read = (_E.INVALID_FIELD, _E.NO_INTERFACE)
+    told = (*_LOG_READ, _E.LOG_FULL, _E.SHUTTING_DOWN, _E.OUTCOME_UNKNOWN)
+    begun = (*read, _E.NOT_RUNNING, _E.OVERLOADED, _E.WORKER_FAILED, *told)
+    octets = Answer(schema=text("pcapng"), description="packets as pcapng", media_type=PCAPNG)
+    events = Answer(
+        schema=text("server-sent events"), description="goes on until one side ends it", media_type="text/event-stream"
+    )
+    seen = (*read, _E.NOT_RUNNING, _E.NOT_INSPECTED)
+    to_capture = {
+        verb: _link(operation, what, name="$response.body#/name", capture_id="$response.body#/id")
+        for verb, operation, what in (
+            ("read", "readCapture", "look at it"),
+            ("stop", "stopCapture", "end it"),
+            ("delete", "deleteCapture", "delete its files"),
+        )
+    }
+    return [
+        Operation(
+            method="get",
+            path=f"{one}/processing",
+            id="readProcessing",
+            tag="packets",
+            summary="How the chain is doing",
+            description="Stage by stage: packets in and out, the processors' own figures, and drops by reason.",
+            parameters=("Name",),
+            answers={200: Answer(schema=ref("Processing"), description="as the workers have it now")},
+            codes=read,
+        ),
+        Operation(
+            method="get",
+            path=f"{one}/flows",
+            id="listFlows",
+            tag="packets",
+            summary="Who talks to whom",
+            description="The flows with the most bytes, and totals by protocol. Needs `inspect` in the chain.",
+            parameters=("Name", _query("top", "how many", integer(minimum=1, maximum=TOP_MAX, default=TOP_DEFAULT))),
+            answers={200: Answer(schema=ref("Flows"), description="the flows")},
+            codes=seen,
+        ),
+        Operation(
+            method="get",
+            path=f"{one}/packets",
+            id="latestPackets",
+            tag="packets",
+            summary="The latest packets",
+            description="Decoded, the newest last. Needs `inspect` in the chain.",
+            parameters=(
+                "Name",
+                _query("limit", "how many", integer(minimum=1, maximum=PACKETS_SHOWN_MAX, default=PACKETS_DEFAULT)),
+            ),
+            answers={200: Answer(schema=ref("Packets"), description="the packets")},
+            codes=seen,
+        ),
+        Operation(
+            method="get",
+            path=f"{one}/tail",
+            id="tailPackets",
+            tag="packets",
+            summary="Packets in words, as they come",
+            description="Server-sent events: `packet` with a decoded packet, `left_out` with how many were not shown "
+            "since the last one, `end` when nothing more comes. In the audit log, as a live capture.",
+            parameters=(
+                "Name",
+                _query("limit", "end after so many", integer(minimum=1, maximum=TAIL_LIMIT_MAX)),
+                _query(
+                    "rate_pps",
+                    "packets a second at most",
+                    integer(minimum=1, maximum=TAIL_PPS_MAX, default=TAIL_PPS_DEFAULT),
+                ),
+                "Reason",
+            ),
+            answers={200: events},
+            codes=begun,
+        ),
+        Operation(
+            method="get",
+            path=f"{one}/capture/stream",
+            id="streamCapture",
+            tag="packets",
+            summary="Capture live",
+            description="pcapng as the packets come, within 0.1 s: `curl -sN .../capture/stream | tcpdump -r - -n`. "
+            "What the reader is too slow for is left out and counted. In the audit log from begin to end.",
+            parameters=(
+                "Name",
+                _query(
+                    "snaplen",
+                    "octets kept of each packet",
+                    integer(minimum=16, maximum=SNAPLEN_MAX, default=SNAPLEN_MAX),
+                ),
+                "Reason",
+            ),
+            answers={200: replace(octets, description="goes on until one side ends it")},
+            codes=begun,
+        ),
+        Operation(
+            method="get",
+            path=f"{one}/captures",
+            id="listCaptures",
+            tag="packets",
+            summary="Captures of an interface",
+            description="Those under way, and those whose files are kept; the latest last.",
+            parameters=("Name",),
+            answers={200: Answer(schema=ref("CaptureList"), description="the captures")},
+            codes=read,
+        ),
+        Operation(
+            method="post",
+            path=f"{one}/captures",
+            id="startCapture",
+            tag="packets",
+            summary="Capture into files",
+            description="Both directions, as tcpdump on the host would. In the audit log from begin to end.",
+            parameters=("Name", "Reason"),
+            body=ref("CaptureSettings"),
+            body_required=False,
+            answers={
+                201: Answer(
+                    schema=ref("Capture"),
+                    description="packets are written from now on",
+                    headers={"Location": "Location"},
+                    links=to_capture,
+                )
+            },
+            codes=(*begun, *_BODY, _E.CAPTURE_FAILED),
+        ),
+        Operation(
+            method="get",
+            path=capture,
+            id="readCapture",
+            tag="packets",
+            summary="Read a capture",
+            parameters=("Name", "CaptureId"),
+            answers={200: Answer(schema=ref("Capture"), description="the capture", links=to_capture)},
+            codes=(*read, _E.NOT_FOUND),
+        ),
+        Operation(
+            method="post",
+            path=f"{capture}/stop",
+            id="stopCapture",
+            tag="packets",
+            summary="End a capture",
+            description="Its files stay. One that is a stage of the chain ends with that.",
+            parameters=("Name", "CaptureId"),
+            answers={200: Answer(schema=ref("Capture"), description="it is over")},
+            codes=(*read, *_BODY, _E.NOT_FOUND, *told),
+        ),
+        Operation(
+            method="delete",
+            path=capture,
+            id="deleteCapture",
+            tag="packets",
+            summary="Delete a capture",
+            description="Ended first, if it is under way; then its files are deleted.",
+            parameters=("Name", "CaptureId"),
+            answers={200: Answer(schema=ref("CaptureDeleted"), description="it is gone")},
+            codes=(*read, _E.NOT_FOUND, *told),
+        ),
+        Operation(
+            method="get",
+            path=f"{capture}/files/{{number}}",
+            id="readCaptureFile",
+            tag="packets",
+            summary="Fetch a file of a capture",
+            description="As far as it is written: works while the capture goes on.",
+            parameters=(
+                "Name",
+                "CaptureId",
+                {
+                    "name": "number",
+                    "in": "path",
+                    "required": True,
+                    "description": "as in `files` of the capture",
+                    "schema": integer(minimum=0, maximum=10**9),
+                },
+            ),
+            answers={200: octets},
+            codes=(*read, _E.NOT_FOUND),
         ),
     ]
 

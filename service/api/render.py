@@ -83,6 +83,7 @@ def _resource(finished: Finished, request: cmd.Request) -> dict[str, Any]:
         awaiting=None,
         counters={},
         running=spec is not None and spec.processing.running,
+        applied=spec.processing if spec is not None and spec.processing.running else None,
     )
     if request.confirm_by:
         resource["status"]["awaiting_confirmation"] = {"confirm_by": request.confirm_by}

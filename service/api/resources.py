@@ -10,7 +10,7 @@ from service.domain import events as ev
 from service.domain import steps as st
 from service.domain.observed import ObservedLink
 from service.domain.plan import Difference
-from service.domain.spec import changes, spec_to_json
+from service.domain.spec import Processing, changes, spec_to_json
 from service.domain.state import Interface, Unconfirmed
 from service.reconcile.answer import Preview
 from service.reconcile.engine import Engine
@@ -26,6 +26,7 @@ def interface_resource(
     awaiting: Unconfirmed | None,
     counters: dict[str, dict[str, int]],
     running: bool,
+    applied: Processing | None = None,
     retry_in_s: float | None = None,
 ) -> dict[str, Any]:
     """An interface: what is desired of it, and what is known of it."""
@@ -53,14 +54,14 @@ def interface_resource(
             if awaiting is None
             else {"command_id": awaiting.command_id, "confirm_by": awaiting.confirm_by},
             "declared_at": interface.declared_at,
-            **_observed(link, running=running),
+            **_observed(link, running, applied),
             "counters": counters,
         },
         "generation": interface.generation,
     }
 
 
-def _observed(link: ObservedLink | None, *, running: bool) -> dict[str, Any]:
+def _observed(link: ObservedLink | None, running: bool, applied: Processing | None) -> dict[str, Any]:
     """What the kernel says; null where there is no link."""
     if link is None:
         return {"ifindex": None, "operstate": None, "carrier": None, "observed": None}
@@ -79,7 +80,11 @@ def _observed(link: ObservedLink | None, *, running: bool) -> dict[str, Any]:
             "group": link.group,
             "multi_queue": link.multi_queue,
             "mac": link.mac or None,
-            "processing": {"running": running},
+            "processing": {
+                "running": running,
+                "chain": [dict(stage) for stage in applied.chain] if applied is not None else [],
+                "offloads": applied.offloads.value if applied is not None else None,
+            },
         },
     }
 
@@ -87,10 +92,20 @@ def _observed(link: ObservedLink | None, *, running: bool) -> dict[str, Any]:
 async def present(engine: Engine, interfaces: Sequence[Interface]) -> list[dict[str, Any]]:
     """Interfaces as they are now: one look at the kernel for all of them."""
     seen = await engine.observe_all(interfaces)
-    return [of_engine(engine, i, seen[i.id].link, running=seen[i.id].attached) for i in interfaces]
+    return [
+        of_engine(engine, i, seen[i.id].link, running=seen[i.id].attached, applied=seen[i.id].applied)
+        for i in interfaces
+    ]
 
 
-def of_engine(engine: Engine, interface: Interface, link: ObservedLink | None, *, running: bool) -> dict[str, Any]:
+def of_engine(
+    engine: Engine,
+    interface: Interface,
+    link: ObservedLink | None,
+    *,
+    running: bool,
+    applied: Processing | None = None,
+) -> dict[str, Any]:
     """An interface with what the engine knows of it."""
     return interface_resource(
         interface,
@@ -99,6 +114,7 @@ def of_engine(engine: Engine, interface: Interface, link: ObservedLink | None, *
         awaiting=engine.state.unconfirmed.get(interface.name),
         counters=engine.totals(interface.id),
         running=running,
+        applied=applied,
         retry_in_s=engine.retry_in_s(interface.id),
     )
 

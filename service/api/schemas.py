@@ -12,6 +12,7 @@ from dataclasses import fields
 from typing import Any, Final, get_args
 
 from service.api import bodies
+from service.api.captures import BYTES_MAX, BYTES_MIN, PACKETS_MAX, SECONDS_MAX
 from service.api.interfaces import POSITION_MAX, STATES
 from service.domain import chain as chains
 from service.domain import events as ev
@@ -110,10 +111,182 @@ ADDRESS: Final = text(
 MTU: Final = integer("bytes", minimum=values.MTU_MIN, maximum=values.MTU_MAX)
 _PRINTABLE = r"^[ -~\u00a1-\u00ac\u00ae-\u02ff]*$"  # in short: the code takes every printable character
 
+_PROCESSOR_NAME: Final = "^[a-z][a-z0-9_-]{0,62}$"
+_OPTION_NAME: Final = "^[a-z][a-z0-9_]{0,62}$"
+_NETWORK: Final = text("a network such as `10.0.0.0/8`, without host bits", format="ip-network")
+_PORTS: Final[Schema] = {
+    "description": "a port, or a range such as `1024-65535`",
+    "anyOf": [integer(minimum=0, maximum=65535), text(format="port-range")],
+}
+_PROTOCOL: Final[Schema] = {
+    "description": "by name or number (IANA)",
+    "anyOf": [text(enum=list(chains.PROTOCOLS)), integer(minimum=0, maximum=255)],
+}
+
+
+def _or_nothing(schema: Schema) -> Schema:
+    """The same or null, which is what it is by default."""
+    if "anyOf" in schema:
+        return {**schema, "anyOf": [*schema["anyOf"], {"type": "null"}], "default": None}
+    return {**nullable(schema), "default": None}
+
+
+_RULE: Final = taken(
+    {
+        "action": text(enum=["pass", "drop"]),
+        "direction": text(enum=list(chains.DIRECTIONS), default="both"),
+        "network": _or_nothing({**_NETWORK, "description": "either end is in it"}),
+        "source": _or_nothing(_NETWORK),
+        "destination": _or_nothing(_NETWORK),
+        "protocol": _or_nothing(_PROTOCOL),
+        "port": _or_nothing({**_PORTS, "description": "either end's: a port, or a range such as `1024-65535`"}),
+        "source_port": _or_nothing(_PORTS),
+        "destination_port": _or_nothing(_PORTS),
+        "rate_pps": _or_nothing(
+            integer("it matches only what is beyond so many packets a second", minimum=1, maximum=10_000_000)
+        ),
+    },
+    required=("action",),
+    description="matches where all that it names does; the first that matches decides",
+)
+
+CAPTURE_OPTIONS: Final[Mapping[str, Schema]] = {
+    "snaplen": integer(
+        "octets kept of each packet", minimum=16, maximum=chains.SNAPLEN_MAX, default=chains.SNAPLEN_MAX
+    ),
+    "size_bytes": {
+        **_or_nothing(integer("after so many octets the next file is begun", minimum=4096, maximum=1 << 40)),
+        "default": 64 << 20,
+    },
+    "interval_s": _or_nothing(
+        integer("after so many seconds the next file is begun", minimum=1, maximum=366 * 24 * 3600)
+    ),
+    "files": integer("so many are kept, the latest", minimum=1, maximum=chains.CAPTURE_FILES_MAX, default=4),
+}
+# Many files need something to begin a new one at (service.domain.chain).
+_FILES_NEED: Final[Schema] = {
+    "if": {"properties": {"size_bytes": {"type": "null"}}, "required": ["size_bytes"]},
+    "then": {
+        "anyOf": [
+            {"properties": {"files": {"const": 1}}, "required": ["files"]},
+            {"properties": {"interval_s": {"type": "integer"}}, "required": ["interval_s"]},
+        ]
+    },
+}
+
+_PROCESSORS: Final[Mapping[str, tuple[str, Mapping[str, Schema], tuple[str, ...]]]] = {
+    "inspect": (
+        "counts by protocol, and keeps flows and the latest packets",
+        {
+            "flows": integer("kept at once; the oldest go", minimum=16, maximum=chains.FLOWS_MAX, default=4096),
+            "packets": integer("kept, the latest", minimum=0, maximum=chains.PACKETS_KEPT_MAX, default=64),
+        },
+        (),
+    ),
+    "filter": (
+        "passes or drops",
+        {
+            "rules": listed(_RULE, "in order", maxItems=chains.RULES_MAX, default=[]),
+            "default": text("where no rule matches", enum=["pass", "drop"], default="pass"),
+        },
+        (),
+    ),
+    "capture": ("writes packets into files, as pcapng", CAPTURE_OPTIONS, ()),
+    "reply": (
+        "answers for every address of its networks",
+        {
+            "networks": listed(_NETWORK, minItems=1, maxItems=chains.NETWORKS_MAX),
+            "answers": listed(
+                text(enum=list(chains.ANSWERS)),
+                "what it answers",
+                minItems=1,
+                maxItems=len(chains.ANSWERS),
+                default=list(chains.ANSWERS),
+            ),
+            "mac": _or_nothing(
+                text(
+                    "the hardware address it answers with, of a tap",
+                    pattern="^[0-9a-fA-F][02468aceACE](:[0-9a-fA-F]{2}){5}$",
+                    **{"not": {"const": "00:00:00:00:00:00"}},
+                )
+            ),
+        },
+        ("networks",),
+    ),
+    "forward": ("sends to another interface of ours", {"to": NAME}, ("to",)),
+    "balance": (
+        "spreads flows over interfaces of ours",
+        {
+            "to": listed(
+                taken(
+                    {"to": NAME, "weight": integer(minimum=1, maximum=chains.WEIGHT_MAX, default=1)},
+                    required=("to",),
+                    description="an interface and its share",
+                ),
+                "each interface once",
+                minItems=1,
+                maxItems=chains.TARGETS_MAX,
+            ),
+            "symmetric": flag("both directions of a flow go the same way", default=True),
+        },
+        ("to",),
+    ),
+}
+assert tuple(_PROCESSORS) == tuple(chains.BUILT_IN)
+
+_ON_CRASH: Final = text(
+    "what becomes of the stage after a crash: it is started again, or left out",
+    enum=list(chains.ON_CRASH),
+    default=chains.ON_CRASH[0],
+)
+
+
+def _stage(processor: str, about: str, options: Mapping[str, Schema], required: tuple[str, ...]) -> Schema:
+    more = {"allOf": [_FILES_NEED]} if processor == "capture" else {}
+    return taken(
+        {"processor": {"const": processor}, "on_crash": _ON_CRASH, **options},
+        required=("processor", *required),
+        description=about,
+        **more,
+    )
+
+
+def _option(depth: int) -> Schema:
+    """A value among the options of a processor that is not ours, with so many levels in it."""
+    scalars: list[Schema] = [
+        {"type": ["null", "boolean", "string"]},
+        {"type": "integer", "minimum": -chains.INTEGER_MAX, "maximum": chains.INTEGER_MAX},
+    ]
+    inner: Schema = ref(f"ProcessorOption{depth - 1}") if depth > 1 else {"not": {}}
+    return {
+        "description": "whole numbers, strings, true, false, null, lists and objects",
+        "anyOf": [
+            *scalars,
+            {"type": "array", "items": inner},
+            {"type": "object", "propertyNames": {"pattern": _OPTION_NAME}, "additionalProperties": inner},
+        ],
+    }
+
+
+STAGES: Final[dict[str, Schema]] = {
+    **{f"Stage{name.capitalize()}": _stage(name, *parts) for name, parts in _PROCESSORS.items()},
+    "StageCustom": {
+        "type": "object",
+        "description": "a processor of an installed package (entry point `tunledger.processors`), which judges its "
+        f"options by itself; at most {chains.OPTIONS_CHARS_MAX} characters of them",
+        "properties": {
+            "processor": {**text(pattern=_PROCESSOR_NAME), "not": {"enum": list(chains.BUILT_IN)}},
+            "on_crash": _ON_CRASH,
+        },
+        "required": ["processor"],
+        "propertyNames": {"pattern": _OPTION_NAME},
+        "additionalProperties": ref(f"ProcessorOption{chains.OPTIONS_DEPTH_MAX - 1}"),
+    },
+    **{f"ProcessorOption{depth}": _option(depth) for depth in range(1, chains.OPTIONS_DEPTH_MAX)},
+}
 STAGE: Final[Schema] = {
-    "type": "object",
-    "properties": {"processor": {"type": "string", "enum": list(chains.BUILT_IN)}},
-    "required": ["processor"],
+    "description": "what is done with packets; by `processor`",
+    "oneOf": [ref(f"Stage{name.capitalize()}") for name in (*_PROCESSORS, "custom")],
 }
 
 _SPEC: Final[Mapping[str, Schema]] = {
@@ -243,7 +416,13 @@ _OBSERVED: Final = record(
         "group": nullable(integer()),
         "multi_queue": flag("several descriptors at once"),
         "mac": nullable(text()),
-        "processing": record({"running": flag("whether a worker reads it")}),
+        "processing": record(
+            {
+                "running": flag("whether a worker reads it"),
+                "chain": listed(STAGE, "what that worker was told to do"),
+                "offloads": nullable(text("as that worker was told; null without one", enum=["auto", "off"])),
+            }
+        ),
     },
     description="what the kernel says; null while there is no link",
 )
@@ -487,7 +666,133 @@ _RATES: Final = record(
 )
 _SECONDS: Final[Schema] = {"type": "number", "minimum": 0}
 
+CAPTURE_SETTINGS: Final[Mapping[str, Schema]] = {
+    **CAPTURE_OPTIONS,
+    "max_packets": _or_nothing(integer("it ends after so many", minimum=1, maximum=PACKETS_MAX)),
+    "max_bytes": _or_nothing(integer("it ends after so many octets written", minimum=BYTES_MIN, maximum=BYTES_MAX)),
+    "max_seconds": _or_nothing(integer("it ends after so long", minimum=1, maximum=SECONDS_MAX)),
+}
+
+_CAPTURE: Final = record(
+    {
+        "id": ID,
+        "name": text("the interface's"),
+        "state": text(enum=["running", "stopped"]),
+        "reason": nullable(
+            text(
+                "why it is over",
+                enum=[
+                    *("asked", "finished", "interface_gone", "worker_exit", "disk_full", "write_failed"),
+                    *("shutdown", "crash", "client_gone"),
+                ],
+            )
+        ),
+        "stage": nullable(integer("its place in the interface's chain, if it is a part of that", minimum=0)),
+        "started_at": STAMP,
+        "stopped_at": nullable(STAMP),
+        "settings": record(CAPTURE_SETTINGS),
+        "packets": integer("written", minimum=0),
+        "bytes": integer("written, in all files", minimum=0),
+        "dropped": integer("packets that could not be written", minimum=0),
+        "files": listed(
+            record({"number": integer("counts from 0", minimum=0), "size_bytes": integer(minimum=0)}),
+            "those that are kept",
+        ),
+    },
+    description="a capture, under way or over",
+)
+
+_FLOW_END: Final = record({"address": text(), "port": nullable(integer(minimum=0, maximum=65535))})
+_AMOUNT: Final = record({"packets": integer(minimum=0), "bytes": integer(minimum=0)})
+_FLOW: Final = record(
+    {
+        "protocol": text(examples=["tcp", "udp", "icmp"]),
+        "first": {**_FLOW_END, "description": "of two ports the one with the higher: the client, most likely"},
+        "second": _FLOW_END,
+        "sent": {**_AMOUNT, "description": "by the first"},
+        "returned": {**_AMOUNT, "description": "by the second"},
+        "first_seen": STAMP,
+        "last_seen": STAMP,
+        "tcp_flags": nullable(text("all that were seen, as tcpdump writes them", examples=["FSP."])),
+    }
+)
+_PACKET: Final = record(
+    {
+        "at": {**STAMP, "description": "when a worker read it"},
+        "direction": text("as the host sees it: `out` is what it sends", enum=["in", "out"]),
+        "length": integer("octets", minimum=0),
+        "class": text("as counters have it", examples=["ipv4.tcp"]),
+        "line": text("in words, as `tcpdump -n` has it, without the Ethernet header"),
+        "source": nullable(text("the IP address")),
+        "destination": nullable(text("the IP address")),
+        "source_port": nullable(integer(minimum=0, maximum=65535)),
+        "destination_port": nullable(integer(minimum=0, maximum=65535)),
+        "ethernet": nullable(
+            record(
+                {"source": text(), "destination": text(), "type": text(examples=["0x0800"]), "vlans": listed(integer())}
+            )
+        ),
+    },
+    description="a packet, decoded",
+)
+_PROCESSING: Final = record(
+    {
+        "name": NAME,
+        "running": flag("whether a worker reads the device"),
+        "chain": listed(STAGE, "what the worker was told to do"),
+        "offloads": record(
+            {
+                "setting": nullable(text("`null` while no worker reads the device", enum=["auto", "off"])),
+                "active": flag("whether packets come with a virtio_net_hdr, which offloads need"),
+            }
+        ),
+        "stages": listed(
+            record(
+                {
+                    "processor": text(),
+                    "bypassed": flag("left out after a crash"),
+                    "packets_in": integer(minimum=0),
+                    "packets_out": integer("those that went on to the next stage", minimum=0),
+                    "figures": {
+                        "type": "object",
+                        "description": "the processor's own",
+                        "additionalProperties": integer(minimum=0),
+                    },
+                }
+            ),
+            "in the order of the chain; both directions together",
+        ),
+        "drops": {
+            "type": "object",
+            "description": "packets dropped since a worker has the device, by reason",
+            "additionalProperties": integer(minimum=0),
+        },
+    },
+    description="how an interface's chain is doing",
+)
+
 SCHEMAS: Final[dict[str, Schema]] = {
+    **STAGES,
+    "CaptureSettings": taken(
+        CAPTURE_SETTINGS,
+        description="what to capture, and how much; what is not given has its default. A null is none, or no limit",
+        allOf=[_FILES_NEED],
+    ),
+    "Capture": _CAPTURE,
+    "CaptureList": record({"captures": listed(ref("Capture"), "the latest last")}),
+    "CaptureDeleted": record({"id": ID, "deleted": {"const": True}}),
+    "Flow": _FLOW,
+    "Flows": record(
+        {
+            "name": NAME,
+            "flows": listed(ref("Flow"), "those with the most bytes"),
+            "known": integer("how many the table has", minimum=0),
+            "protocols": {"type": "object", "description": "all there was, by class", "additionalProperties": _AMOUNT},
+        }
+    ),
+    "PacketLine": _PACKET,
+    "Packets": record({"name": NAME, "packets": listed(ref("PacketLine"), "the newest last")}),
+    "Processing": _PROCESSING,
     "InterfaceSpec": taken(
         {name: schema if name == "name" else _or_null(schema) for name, schema in _WRITTEN.items()},
         required=("name",),

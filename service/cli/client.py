@@ -21,6 +21,7 @@ TIMEOUT_S = 30.0
 WRITE_TIMEOUT_S = 180.0  # deleting 1,000 interfaces one by one takes the kernel 20 s
 RECONNECT_S = 5.0  # a service that is restarted listens again after one or two
 RECONNECT_PAUSE_S = 0.1
+READ_BYTES = 1 << 16
 KEY_HEADER = "Idempotency-Key"
 
 
@@ -141,7 +142,23 @@ class Client:
             text = f"{error}; whether it was carried out, tunledger history says"
             raise CallError(text, reachable=False) from error
 
-    def events(self, path: str, params: Mapping[str, Any], *, after: str | None) -> Iterator[Event]:
+    def octets(self, path: str, params: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Iterator[bytes]:
+        """The octets of an answer as they come, until it ends; there may be none for as long as it likes.
+
+        Raises:
+            CallError: if it is refused or nobody is there; BrokenConnectionError, if it breaks off.
+        """
+        with _Exchange(self, self._connect()) as exchange:
+            yield from exchange.octets(path, params, headers or {})
+
+    def events(
+        self,
+        path: str,
+        params: Mapping[str, Any],
+        *,
+        after: str | None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Iterator[Event]:
         """The server-sent events of one connection, until it ends.
 
         Args:
@@ -150,9 +167,9 @@ class Client:
         Raises:
             CallError: if it is refused or nobody is there; BrokenConnectionError, if it breaks off.
         """
-        headers = {"Accept": "text/event-stream", **({"Last-Event-ID": after} if after is not None else {})}
+        more = {"Accept": "text/event-stream", **({"Last-Event-ID": after} if after is not None else {})}
         with _Exchange(self, self._connect()) as exchange:
-            yield from _events(exchange.lines("GET", path, params, headers))
+            yield from _events(exchange.lines("GET", path, params, {**(headers or {}), **more}))
 
     def _connect(self, *, wait_s: float = 0.0) -> "http.client.HTTPConnection":
         """A connection that stands; for so long, connecting is tried again."""
@@ -232,6 +249,21 @@ class _Exchange:
                 raise self._refusal(response.status, path, self._decoded(content, Answer(response.status, {}, None)))
             while line := response.readline():
                 yield line.decode(errors="replace").rstrip("\r\n")
+        except (OSError, http.client.HTTPException) as error:
+            raise self._broke(error) from error
+
+    def octets(self, path: str, params: Mapping[str, Any], headers: Mapping[str, str]) -> Iterator[bytes]:
+        import http.client
+
+        try:
+            response = self._send("GET", path, params, None, headers)
+            if response.status != http.client.OK:
+                content = response.read()
+                raise self._refusal(response.status, path, self._decoded(content, Answer(response.status, {}, None)))
+            if self._connection.sock is not None:
+                self._connection.sock.settimeout(None)
+            while octets := response.read1(READ_BYTES):
+                yield octets
         except (OSError, http.client.HTTPException) as error:
             raise self._broke(error) from error
 

@@ -1,5 +1,6 @@
 """The commands on interfaces one by one: list, show, create, set, delete, start, stop."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from service.cli.options import (
     segment,
     write_options,
 )
+from service.domain.chain import BUILT_IN
 
 NONE = "none"  # what takes a field back to nothing on the command line
 
@@ -41,6 +43,73 @@ def _account(_: click.Context, __: click.Parameter, given: str | None) -> str | 
     return int(given) if given is not None and given.isascii() and given.isdigit() else given
 
 
+_LISTS = {"networks", "answers"}  # options whose values stand between plus signs
+
+
+def _stages(_: click.Context, option: click.Parameter, given: Sequence[str]) -> list[dict[str, Any]] | None:
+    """inspect, forward:to=tun1, ... as a chain; "none" alone is an empty one."""
+    if not given:
+        return None
+    return [] if tuple(given) == (NONE,) else [_stage(each, option) for each in given]
+
+
+def _stage(text: str, option: click.Parameter) -> dict[str, Any]:
+    processor, _, rest = text.partition(":")
+    found: dict[str, Any] = {"processor": processor}
+    for part in rest.split(",") if rest else ():
+        key, separator, value = part.partition("=")
+        if not key or not separator:
+            raise click.BadParameter(f"{part!r} is not an option such as to=tun1", param=option)
+        if key in found:
+            raise click.BadParameter(f"{key} is given twice", param=option)
+        if key in _LISTS:
+            found[key] = value.split("+")
+        elif processor == "balance" and key == "to":
+            found[key] = [_share(each, option) for each in value.split("+")]
+        else:
+            found[key] = _value(value)
+    return found
+
+
+def _share(text: str, option: click.Parameter) -> dict[str, Any]:
+    to, star, weight = text.partition("*")
+    if star and not (weight.isascii() and weight.isdigit()):
+        raise click.BadParameter(f"{text!r} is not an interface and a weight such as tun1*3", param=option)
+    return {"to": to, **({"weight": int(weight)} if star else {})}
+
+
+def _value(text: str) -> Any:
+    """A number, true, false or null as that; anything else is text."""
+    match text:
+        case "true" | "false":
+            return text == "true"
+        case "null":
+            return None
+        case _:
+            digits = text.removeprefix("-")
+            return int(text) if digits.isascii() and digits.isdigit() and len(digits) < 17 else text
+
+
+def _chain(_: click.Context, option: click.Parameter, given: str | None) -> Any:
+    """A chain as JSON."""
+    if given is None:
+        return None
+    try:
+        found = json.loads(given)
+    except ValueError as error:
+        raise click.BadParameter(f"not JSON: {error}", param=option) from None
+    if not isinstance(found, list):
+        raise click.BadParameter('expected a list such as [{"processor": "inspect"}]', param=option)
+    return found
+
+
+def _complete_processors(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    if incomplete.startswith("forward:to=") or ":" in incomplete:
+        return []
+    names = {"forward": "forward:to=", "balance": "balance:to=", "reply": "reply:networks="}
+    return [names.get(name, name) for name in BUILT_IN if name.startswith(incomplete)]
+
+
 def spec_options(function: Command) -> Command:
     """The fields of a spec; each is None if it was not given."""
     options = [
@@ -54,6 +123,20 @@ def spec_options(function: Command) -> Command:
         click.option("--multi-queue/--single-queue", default=None, help="Several readers at once."),
         click.option("--mac", help="Hardware address of a tap."),
         click.option("--start/--stop", "running", default=None, help="Whether the service's workers read it."),
+        click.option(
+            "--processor",
+            "processors",
+            metavar="NAME[:K=V,...]",
+            multiple=True,
+            callback=_stages,
+            shell_complete=_complete_processors,
+            help="A stage of its chain: inspect, forward:to=tun1, ...; may be repeated, in order.",
+        ),
+        click.option("--chain", metavar="JSON", callback=_chain, help="The whole chain, as the API takes it."),
+        click.option(
+            "--offloads", type=click.Choice(["auto", "off"]), help="Segments of up to 64 KiB, or as on a wire."
+        ),
+        click.option("--netns", help="The network namespace it lives in, as ip netns knows it."),
         click.option("--drift", type=click.Choice(["repair", "report"]), help="What to do when others change it."),
         click.option("--description", help="A line for people."),
         click.option("--label", "labels", metavar="K=V", multiple=True, callback=_labels, help="May be repeated."),
@@ -66,15 +149,19 @@ def spec_options(function: Command) -> Command:
 def _fields(given: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON form of the options that were given."""
     found: dict[str, Any] = {}
+    if given["processors"] is not None and given["chain"] is not None:
+        fail("--chain gives the whole chain; --processor does not go with it", USAGE)
     for key, value in given.items():
         if value is None or value == () or value == {}:
             continue
         match key:
-            case "running":
-                found["processing"] = {"running": value}
+            case "running" | "offloads":
+                found.setdefault("processing", {})[key] = value
+            case "processors" | "chain":
+                found.setdefault("processing", {})["chain"] = value
             case "addresses":
                 found[key] = [] if value == (NONE,) else list(value)
-            case "owner" | "group" | "mac":
+            case "owner" | "group" | "mac" | "netns":
                 found[key] = None if value == NONE else value
             case _:
                 found[key] = value
@@ -157,6 +244,8 @@ def show_interface(remote: Remote, name: str) -> None:
         return
     spec, status = answer.body["spec"], answer.body["status"]
     observed = status["observed"] or {}
+    if observed and not observed["processing"]["running"]:  # then nothing is applied that could differ
+        observed = {**observed, "processing": {**spec["processing"], "running": False}}
     awaiting = status["awaiting_confirmation"]
     retry = f"in {status['retry_in_s']} s, after {status['attempts']} attempts" if status["retry_in_s"] else ""
     rows = [
@@ -196,8 +285,9 @@ def _desired(desired: Any, observed: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    if isinstance(value, dict) and set(value) == {"running"}:
-        return "running" if value["running"] else "stopped"
+    if isinstance(value, dict) and "running" in value:
+        names = " > ".join(stage["processor"] for stage in value.get("chain", ()))
+        return ("running" if value["running"] else "stopped") + (f": {names}" if names else "")
     return show.value(value)
 
 
@@ -217,6 +307,8 @@ def create(remote: Remote, write: Write, name: str, **options: Any) -> None:
       tunledger create tun0 --address 10.0.0.1/24 --mtu 1400 --start
       tunledger create tap0 --mode tap --owner alice --label lab=north
       tunledger create tun1 --address 2001:db8::1/64 --dry-run
+      tunledger create tun2 --start --processor inspect --processor forward:to=tun1
+      tunledger create lab0 --start --processor reply:networks=10.64.0.0/20
     """
     _refuse_empty_labels(options["labels"])
     body = {"name": name, **_fields(options)}
@@ -236,8 +328,8 @@ def set_interface(
 ) -> None:
     """Change the interface NAME in place. What is not given stays as it is.
 
-    --address replaces all addresses (none takes them away), --label k= removes a label, and
-    none as --owner, --group or --mac leaves that to the kernel.
+    --address replaces all addresses and --processor all stages (none takes them away), --label k=
+    removes a label, and none as --owner, --group, --mac or --netns leaves that to the kernel.
 
     \b
     Examples:
@@ -245,6 +337,8 @@ def set_interface(
       tunledger set tun0 --add-address 10.9.0.1/24 --remove-address 10.0.0.1/24
       tunledger set tun0 --down --confirm-within 60
       tunledger set tun0 --label lab=south --label owner= --dry-run
+      tunledger set tun0 --processor inspect --processor capture:files=10
+      tunledger set tun0 --processor none
     """
     labels = options.pop("labels")
     patch = _fields(options)

@@ -37,6 +37,8 @@ class ErrorCode(StrEnum):
     KERNEL_REFUSED = "kernel_refused"
     VERIFY_FAILED = "verify_failed"
     WORKER_FAILED = "worker_failed"
+    CAPTURE_FAILED = "capture_failed"
+    NOT_INSPECTED = "not_inspected"
     LOG_UNAVAILABLE = "log_unavailable"
     LOG_FULL = "log_full"
     LOG_CORRUPT = "log_corrupt"

@@ -46,7 +46,7 @@ from service.reconcile.crossing import Crossing
 from service.reconcile.deadlines import Deadlines
 from service.reconcile.finishing import Finishing
 from service.reconcile.hands import Hands
-from service.reconcile.journal import Journal
+from service.reconcile.journal import SYSTEM, Journal
 from service.reconcile.keys import Keys, is_settled
 from service.reconcile.mending import Mending
 from service.reconcile.orphans import Orphans
@@ -502,6 +502,15 @@ class Engine:
     def totals(self, interface_id: InterfaceId) -> dict[str, dict[str, int]]:
         """Lifetime totals by source, as of the last sample."""
         return self._counting.totals(interface_id)
+
+    async def note(self, interface_id: InterfaceId, body: ev.Event, *, actor: str = SYSTEM) -> None:
+        """Record something about an interface that changes nothing of what is desired; durable when it returns.
+
+        Raises:
+            TunledgerError: the log's refusal.
+        """
+        self._journal.refuse_if_frozen()
+        await self._journal.append([self._journal.draft(ev.interface_stream(interface_id), body, actor=actor)])
 
     # -- looking
 

@@ -3,10 +3,11 @@
 import asyncio
 import itertools
 import json
+import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -23,6 +24,8 @@ from service.api.events import EventLog
 from service.api.orders import Orders
 from service.api.read import LogView
 from service.api.render import render
+from service.api.traffic import Applied, Inspected
+from service.dataplane.attachment import StageStatus
 from service.domain import events as ev
 from service.domain.errors import TunledgerError
 from service.domain.spec import Processing
@@ -30,6 +33,7 @@ from service.domain.steps import COUNT_ONLY
 from service.domain.values import NodeId
 from service.kernel.fake import FakeKernel
 from service.reconcile.applier import Applier
+from service.reconcile.captures import Captures
 from service.reconcile.engine import Engine
 from service.reconcile.feed import Feed
 from service.reconcile.hands import Hands
@@ -135,6 +139,64 @@ class Readers:
         return self.unwell
 
 
+@dataclass
+class Watched:
+    """What captures and the API ask a data plane without workers; a test says what it answers and writes packets.
+
+    Taps hold copies of their descriptors until they are taken away.
+    """
+
+    readers: Readers
+    taps: dict[int, tuple[dict[str, Any], list[int]]] = field(default_factory=dict)
+    figures: dict[str, int] = field(default_factory=dict)
+    chain: tuple[dict[str, Any], ...] = ()
+    seen: Inspected | None = None
+
+    def attached(self) -> Collection[str]:
+        """As the data plane."""
+        return self.readers.attached()
+
+    def tap(self, _: str, stage: Mapping[str, Any], files: Sequence[int]) -> int:
+        """Keep the descriptors."""
+        tap_id = len(self.taps)
+        self.taps[tap_id] = (dict(stage), [os.dup(fd) for fd in files])
+        return tap_id
+
+    def untap(self, _: str, tap_id: int) -> Mapping[str, int]:
+        """Close them."""
+        _stage, files = self.taps.pop(tap_id)
+        for fd in files:
+            os.close(fd)
+        return self.figures
+
+    def feed(self, _: str, place: int, fd: int) -> None:
+        """One more."""
+        self.taps[place][1].append(os.dup(fd))
+
+    def tap_figures(self, _: str, tap_id: int) -> Mapping[str, int]:
+        """The same for all."""
+        assert tap_id in self.taps
+        return self.figures
+
+    def stages(self, device: str) -> Sequence[StageStatus]:
+        """One for each of the chain, which let all through."""
+        if device not in self.readers.devices:
+            return []
+        return [StageStatus(each["processor"], False, 5, 5, {}) for each in self.chain]
+
+    def applied(self, device: str) -> Applied | None:
+        """What the test says."""
+        return Applied(self.chain, "auto", True) if device in self.readers.devices else None
+
+    def drops(self, device: str) -> Mapping[str, int]:
+        """What a chain drops that only looks."""
+        return {"end_of_chain": 5} if device in self.readers.devices else {}
+
+    def inspected(self, device: str) -> Inspected | None:
+        """What the test says."""
+        return self.seen if device in self.readers.devices else None
+
+
 class Running:
     """Start it with `with`.
 
@@ -193,11 +255,22 @@ class Running:
         self.applier.start()
         self.orders = Orders(self.engine, self.clock, DEFAULTS)
         self.counters = CounterReader(self.path)
+        self.traffic = Watched(self.readers)
+        self.captures = Captures(
+            self.traffic,
+            self.engine.note,
+            self.path.parent / "captures",
+            now=self.clock.now,
+            new_id=self.clock.new_id,
+        )
+        self._loop.call_soon_threadsafe(self.captures.bind)
         self.app = application(
             self.orders,
             LogView(self.reader),
             EventLog(self.reader, Feed()),
             self.counters,
+            captures=self.captures,
+            traffic=self.traffic,
             owner_of=self._owner_of,
             own_uid=self._own_uid,
         )

@@ -55,6 +55,8 @@ class Streaming(Running):
             LogView(self.reader),
             self.log,
             self.counters,
+            captures=self.captures,
+            traffic=self.traffic,
             owner_of=self._owner_of,
             own_uid=self._own_uid,
         )

@@ -38,6 +38,17 @@ schemathesis.openapi.format("netmask", st.integers(9, 32).map(str))  # goes with
 schemathesis.openapi.format("user-name", st.just("root"))
 schemathesis.openapi.format("group-name", st.just("root"))
 schemathesis.openapi.format(
+    "ip-network",
+    st.one_of(
+        st.integers(0, 2**16 - 1).map(lambda number: f"10.{number >> 8}.{number & 255}.0/24"),
+        st.integers(0, 2**32 - 1).map(lambda number: f"{ipaddress.IPv6Address(0x2001_0DB8 << 96 | number << 64)}/64"),
+    ),
+)
+schemathesis.openapi.format(
+    "port-range",
+    st.tuples(st.integers(0, 65535), st.integers(0, 65535)).map(lambda ports: "{}-{}".format(*sorted(ports))),
+)
+schemathesis.openapi.format(
     "cursor", _NAMES.map(lambda name: base64.urlsafe_b64encode(name.encode()).decode().rstrip("="))
 )
 

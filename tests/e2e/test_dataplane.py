@@ -1,0 +1,170 @@
+"""What people see of packets, end to end: captures that tcpdump reads, live and from files, and packets in words."""
+
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.packet.pcapng import Captured, Reader
+from tests.e2e.harness import ROOT, Service, eventually
+
+PEER = "10.0.0.2"
+BASE = "/api/v1/interfaces/tun0"
+ECHO = bytes.fromhex("0800f7fd00010001")
+
+needs_tcpdump = pytest.mark.skipif(shutil.which("tcpdump") is None, reason="missing: tcpdump")
+needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="missing: curl")
+
+
+@pytest.fixture
+def running(service: Service) -> Service:
+    """A service with tun0, read by a worker."""
+    service.start()
+    spec = {"name": "tun0", "addresses": ["10.0.0.1/24"], "processing": {"running": True}}
+    assert service.call("POST", "/api/v1/interfaces", spec)[0] == 201
+    return service
+
+
+def ping(count: int = 1) -> None:
+    """Echo requests to an address behind the TUN; nobody answers."""
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as raw:
+        for _ in range(count):
+            raw.sendto(ECHO, (PEER, 0))
+
+
+def url(service: Service, path: str) -> str:
+    return f"http://127.0.0.1:{service.port}{path}"
+
+
+def fetched(service: Service, path: str) -> bytes:
+    done = subprocess.run(["curl", "-sfN", url(service, path)], capture_output=True, check=False)
+    assert done.returncode == 0, (path, done.stderr)
+    return done.stdout
+
+
+def told(service: Service) -> list[Any]:
+    return [event.body for event in service.events() if type(event.body).__name__.startswith("Capture")]
+
+
+@needs_curl
+@needs_tcpdump
+def test_tcpdump_reads_the_live_stream_and_its_end_ends_the_capture(running: Service) -> None:
+    with subprocess.Popen(
+        ["sh", "-c", f"curl -sN {url(running, BASE)}/capture/stream | tcpdump -r - -n -c 2 -l"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as pipeline:
+        eventually(lambda: len(told(running)) == 1, what="the capture in the log")
+        lines: list[str] = []
+        assert pipeline.stdout is not None
+        while len(lines) < 2:
+            ping()
+            lines.append(pipeline.stdout.readline())
+        assert all("IP 10.0.0.1 > 10.0.0.2: ICMP echo request, id 1, seq 1, length 8" in line for line in lines)
+        ping()  # curl hears of tcpdump's end when it has something to write
+        eventually(lambda: ping() or len(told(running)) == 2, what="the end of the capture")
+    started, stopped = told(running)
+    assert started.live
+    assert (stopped.reason, stopped.capture_id) == ("client_gone", started.capture_id)
+    assert stopped.packets >= 2
+
+
+@needs_curl
+@needs_tcpdump
+def test_a_capture_rotates_is_fetched_while_it_is_written_and_stays_until_it_is_deleted(
+    running: Service, tmp_path: Path
+) -> None:
+    status, capture = running.call("POST", f"{BASE}/captures", {"size_bytes": 4096, "files": 3})
+    assert status == 201, capture
+    where = f"{BASE}/captures/{capture['id']}"
+    ping(5)
+    eventually(lambda: running.ok("GET", where)["packets"] == 5, what="5 packets")
+    path = tmp_path / "x.pcapng"
+    path.write_bytes(fetched(running, f"{where}/files/0"))
+    read = subprocess.run(["tcpdump", "-n", "-r", path], capture_output=True, text=True, check=True).stdout
+    assert len(read.splitlines()) == 5
+    for _ in range(5):  # more than 4,096 octets each
+        ping(60)
+        eventually(lambda: running.ok("GET", where)["packets"] % 60 == 5, what="60 packets")
+    found = eventually(lambda: [f["number"] for f in running.ok("GET", where)["files"]][-3:], what="files")
+    assert len(found) <= 3
+    assert found[-1] >= 2, "a new file was begun"
+    stopped = running.ok("POST", f"{where}/stop")
+    assert (stopped["state"], stopped["reason"], stopped["dropped"]) == ("stopped", "asked", 0)
+    kept = [packet for number in found for packet in read_back(fetched(running, f"{where}/files/{number}"))]
+    assert {packet.packet[20:] for packet in kept} == {ECHO}
+    assert running.ok("DELETE", where) == {"id": capture["id"], "deleted": True}
+    assert list((Path(running.database).parent / "captures").iterdir()) == []
+
+
+def read_back(octets: bytes) -> list[Captured]:
+    return list(Reader().feed(octets))
+
+
+@needs_curl
+def test_a_killed_service_says_at_its_next_start_that_its_captures_ended(running: Service) -> None:
+    _, capture = running.call("POST", f"{BASE}/captures", {})
+    ping(3)
+    where = f"{BASE}/captures/{capture['id']}"
+    eventually(lambda: running.ok("GET", where)["packets"] == 3, what="3 packets")
+    running.kill()
+    running.start()
+    eventually(lambda: len(told(running)) == 2, what="the end of the capture")
+    assert told(running)[-1].reason == "crash"
+    found = eventually(lambda: running.ok("GET", where), what="the capture")
+    assert (found["state"], found["reason"]) == ("stopped", "crash")
+    assert len(read_back(fetched(running, f"{where}/files/0"))) == 3
+
+
+def test_a_capture_ends_with_the_processing_of_its_interface(running: Service) -> None:
+    capture = running.call("POST", f"{BASE}/captures", {})[1]
+    ping(2)
+    eventually(lambda: running.ok("GET", f"{BASE}/captures/{capture['id']}")["packets"] == 2, what="2 packets")
+    running.ok("POST", f"{BASE}/stop")
+    eventually(lambda: len(told(running)) == 2, what="the end of the capture")
+    assert (told(running)[-1].reason, told(running)[-1].packets) == ("interface_gone", 2)
+    status, problem = running.call("POST", f"{BASE}/captures", {})
+    assert (status, problem["code"]) == (409, "not_running")
+
+
+def test_tail_reads_like_tcpdump(running: Service) -> None:
+    tail = tunledger(running, "tail", "tun0", "-c", "3")
+    eventually(lambda: len(told(running)) == 1, what="the tail in the log")
+    ping(3)
+    lines = tail.communicate(timeout=20)[0].splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        clock, _, rest = line.partition(" ")
+        assert rest == "IP 10.0.0.1 > 10.0.0.2: ICMP echo request, id 1, seq 1, length 8"
+        assert len(clock) == len("12:00:00.000000")
+    assert tail.returncode == 0
+    eventually(lambda: len(told(running)) == 2, what="the end of the tail")
+
+
+def tunledger(service: Service, *arguments: str) -> "subprocess.Popen[str]":
+    """The command line, under way."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "service", *arguments],
+        env=service.environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_an_orderly_stop_ends_streams_and_tells_of_captures(running: Service) -> None:
+    running.call("POST", f"{BASE}/captures", {})
+    with subprocess.Popen(["curl", "-sN", url(running, f"{BASE}/capture/stream")], stdout=subprocess.PIPE) as curl:
+        eventually(lambda: len(told(running)) == 2, what="two captures")
+        assert running.stop(signal.SIGTERM) == 0
+        assert curl.stdout is not None
+        head = curl.stdout.read()
+    assert head[:4] == bytes.fromhex("0a0d0d0a")
+    assert [body.reason for body in told(running)[2:]] == ["shutdown", "shutdown"]
