@@ -33,8 +33,8 @@ from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.spec import Offloads, Processing
 from service.domain.steps import COUNT_ONLY
 from service.domain.values import CommandId, InterfaceId, InterfaceName, NodeId
-from service.kernel.linux import LinuxKernel
 from service.kernel.monitor import Monitor
+from service.kernel.namespaces import host_kernel
 from service.kernel.peer import Asker
 from service.plane import Plane, trim
 from service.reconcile.answer import Finished
@@ -337,7 +337,7 @@ class _Service:
         )
         applier = Applier()
         monitor = Monitor(on_news, cares=is_wanted)
-        kernel = LinuxKernel(vouched=monitor.vouches)
+        kernel = host_kernel(vouched=monitor.vouches, attend=monitor.attend)
         engine = Engine(
             node=opened.node,
             state=opened.log.past.state,

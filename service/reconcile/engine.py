@@ -16,6 +16,7 @@ netlink.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, assert_never
@@ -29,13 +30,13 @@ from service.domain import events as ev
 from service.domain.counters import Book, Reading
 from service.domain.decide import decide, refuse_unknown_processors
 from service.domain.errors import ErrorCode, TunledgerError
-from service.domain.observed import Host, ObservedLink
+from service.domain.observed import Host, ObservedLink, link_key
 from service.domain.plan import Difference, Sight, differences, plan
 from service.domain.spec import InterfaceSpec
 from service.domain.state import Interface, State
 from service.domain.steps import Step
 from service.domain.token import Token
-from service.domain.values import CommandId, InterfaceId, InterfaceName, NodeId
+from service.domain.values import CommandId, InterfaceId, InterfaceName, NodeId, parse_netns
 from service.reconcile.answer import Answer, Clock, Preview, Renderer
 from service.reconcile.applier import Applier
 from service.reconcile.applying import Applying
@@ -339,11 +340,28 @@ class Engine:
         """What the commands are judged against: who holds their names, and which networks others use; without a look
         at the host where neither is asked for.
         """
-        names = tuple(cmd.target(command) for command in submission.commands if _may_declare(command))
         networks = any(_may_overlap(command) for command in submission.commands)
-        if not names and not networks:
+        asked = [command for command in submission.commands if networks or self._is_new(command)]
+        if not asked:
             return Host()
-        return await self._applying.survey((names, networks))
+        keys = tuple(link_key(self._netns_of(command), cmd.target(command)) for command in asked)
+        return await self._applying.survey((keys, networks))
+
+    def _is_new(self, command: cmd.Command) -> bool:
+        """Whether a command may make an interface, or have it in another network namespace."""
+        return _may_declare(command) or (isinstance(command, cmd.PatchInterface) and "netns" in command.patch)
+
+    def _netns_of(self, command: cmd.Command) -> str | None:
+        """The network namespace in which a command will have its interface, as far as it makes sense."""
+        interface = self.state.find(cmd.target(command))
+        present = interface.netns if interface is not None else None
+        match command:
+            case cmd.DeclareInterface() | cmd.ReplaceInterface():
+                return command.spec.netns
+            case cmd.PatchInterface() if "netns" in command.patch:
+                with contextlib.suppress(TunledgerError):  # which `decide` will say
+                    return parse_netns(command.patch["netns"]) if command.patch["netns"] is not None else None
+        return present
 
     # -- reconciling
 
@@ -495,10 +513,10 @@ class Engine:
             TunledgerError: the kernel's or the log's refusal.
         """
         if self._journal.frozen is None:
-            await self._counting.sample(self._names, at_most_every_s=at_most_every_s)
+            await self._counting.sample(self._keys_of_links, at_most_every_s=at_most_every_s)
 
-    def _names(self) -> dict[InterfaceId, str]:
-        return {i.id: i.name for i in self.state.interfaces.values()}
+    def _keys_of_links(self) -> dict[InterfaceId, str]:
+        return {i.id: link_key(i.netns, i.name) for i in self.state.interfaces.values()}
 
     def totals(self, interface_id: InterfaceId) -> dict[str, dict[str, int]]:
         """Lifetime totals by source, as of the last sample."""
@@ -586,7 +604,7 @@ class Engine:
             return
         failpoints.reach("engine.stop.recorded")
         settled = [i for i in self.state.interfaces.values() if i.pending is None and i.spec is not None]
-        wanted = [self._applying.wanted(i.id, i.name, _at_rest(i.spec, interfaces)) for i in settled]
+        wanted = [self._applying.wanted(i.id, i.name, _at_rest(i.spec, interfaces), netns=i.netns) for i in settled]
         if not wanted:
             return
         try:
@@ -634,7 +652,7 @@ def _may_overlap(command: cmd.Command) -> bool:
         case cmd.DeclareInterface() | cmd.ReplaceInterface():
             return not command.allow_overlap and bool(command.spec.addresses)
         case cmd.PatchInterface():
-            return not command.allow_overlap and "addresses" in command.patch
+            return not command.allow_overlap and not {"addresses", "netns"}.isdisjoint(command.patch)
         case cmd.ConfigureInterface():
             return not command.allow_overlap and (command.ip is not None or command.netmask is not None)
         case cmd.EnableProcessing() | cmd.DisableProcessing() | cmd.RetireInterface():

@@ -164,13 +164,14 @@ def test_a_segment_counts_as_its_packets_on_the_wire() -> None:
         assert (row.packets, row.wire_packets_there) == (3, 10)
 
 
-def test_under_load_the_ring_holds_packets_in_a_row() -> None:
+def test_under_load_the_ring_holds_the_latest_and_says_what_is_missing() -> None:
     with inspecting(packets=4) as (stage, reader, _):
-        for number in range(100):
-            run(stage, [udp(1, 2, number)], time_ns=WINDOW_NS + number)
-        assert [head.length for head in reader.packets()] == [28, 29, 30, 31]
-        run(stage, [udp(1, 2, 200)], time_ns=3 * WINDOW_NS)
-        assert [head.length for head in reader.packets()] == [29, 30, 31, 228]
+        for number in range(0, 60, 10):
+            run(stage, [udp(1, 2, size) for size in range(number, number + 10)], time_ns=WINDOW_NS + number)
+        assert [head.length - 28 for head in reader.packets()] == [48, 49, 58, 59]
+        assert [head.number for head in reader.packets()] == [49, 50, 59, 60]
+        run(stage, [udp(1, 2, size) for size in range(10)], time_ns=3 * WINDOW_NS)
+        assert [head.length - 28 for head in reader.packets()] == [0, 1, 2, 3]
 
 
 def test_a_table_without_packets_keeps_none() -> None:
