@@ -2,9 +2,15 @@
 
 import sys
 
-from bench import control, counters, log, scale
+from bench import control, counters, dataplane, log, scale
 
-ALL = {"control": control.run, "counters": counters.run, "log": log.run, "scale": scale.run}
+ALL = {
+    "control": control.run,
+    "counters": counters.run,
+    "dataplane": dataplane.run,
+    "log": log.run,
+    "scale": scale.run,
+}
 
 
 def main() -> None:

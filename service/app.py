@@ -227,6 +227,7 @@ class _Service:
         self._clock = SystemClock()
         self._signal: signal.Signals | None = None
         self._broken: str | None = None
+        self._starting = True
         self._again = False
         self._server: Server | None = None
         self._auditor: Auditor | None = None
@@ -490,12 +491,15 @@ class _Service:
         """Start the engine up; where the log has no room for that now, go on trying while reads are served."""
 
         async def attempt() -> TunledgerError | None:
+            summary = None
             try:
                 summary = await engine.start_up(started)
             except TunledgerError as error:
-                if not error.retry:
+                if error.retry:
+                    return error
+                if error.code is not ErrorCode.LOG_CORRUPT:
                     raise
-                return error
+                engine.freeze(error.message)  # damage that shows only in writing: an index, say
             if engine.frozen is not None:
                 log.warning("not reconciled: read-only", reason=engine.frozen)
             else:
@@ -509,6 +513,11 @@ class _Service:
                 error = await attempt()
 
         error = await attempt()
+        self._starting = False
+        if self._broken is not None and engine.frozen is None:
+            self._on_broken(self._broken)
+        else:
+            self._broken = None
         return asyncio.create_task(again(error)) if error is not None else None
 
     async def _stop(self, engine: Engine, reason: str) -> None:
@@ -536,9 +545,13 @@ class _Service:
             self._server.should_exit = True
 
     def _on_broken(self, reason: str) -> None:
-        """The log cannot be trusted any more in this process: stop as if killed, and recover from disk."""
-        log.error("the log failed; stopping without touching the interfaces", reason=reason)
+        """The log cannot be trusted any more in this process: stop as if killed, and recover from disk. Start-up finds
+        out for itself, and may serve it read-only.
+        """
         self._broken = reason
+        if self._starting:
+            return
+        log.error("the log failed; stopping without touching the interfaces", reason=reason)
         self._feed.close()
         if self._server is not None:
             self._server.should_exit = True

@@ -169,6 +169,8 @@ def what(body: ev.Event) -> str:
             return f"contested: {body.repairs} repairs in {body.within_s} s; {_found(body.differences)}"
         case ev.ContestEnded():
             return f"contested no more: quiet for {body.quiet_s} s"
+        case ev.ReconcileRequested():
+            return "reconcile"
         case ev.OrphanRemoved():
             return f"remove orphan (ifindex {body.ifindex})"
         case ev.ProcessorCrashed():

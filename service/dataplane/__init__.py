@@ -10,4 +10,8 @@ It knows `packet` and nothing else of ours. Which interface should be processed 
     wire.py            the messages on the sockets, both ends
     worker.py          the program that a worker runs
     packet_lines.py    the worker's end of the packet lines
+    contract.py        what a processor is
+    processors/        those that come with tunledger
+    flowtable.py       what inspect found, in shared memory, both ends
+    fake.py            to try processors with, without a worker
 """

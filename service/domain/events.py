@@ -152,6 +152,12 @@ class ContestEnded(msgspec.Struct, frozen=True, kw_only=True):
     quiet_s: int
 
 
+class ReconcileRequested(msgspec.Struct, frozen=True, kw_only=True):
+    """Observation: a client asked for the host to be compared with the log, and mended, now."""
+
+    request: Request
+
+
 class OrphanRemoved(msgspec.Struct, frozen=True, kw_only=True):
     """Observation: a link with our token that nothing declares any more was removed."""
 
@@ -272,6 +278,7 @@ Observation = (
     | DriftEnded
     | InterfaceContested
     | ContestEnded
+    | ReconcileRequested
     | OrphanRemoved
     | WorkerExited
     | ProcessorCrashed

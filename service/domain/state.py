@@ -207,7 +207,7 @@ def evolve(state: State, event: ev.Recorded) -> None:
             state.boot_id, state.stopped = body.boot_id, None
         case ev.ServiceStopped():
             state.stopped = body.interfaces
-        case ev.WorkerExited() | ev.StartupReconciled() | ev.CommandRejected():
+        case ev.WorkerExited() | ev.ReconcileRequested() | ev.StartupReconciled() | ev.CommandRejected():
             pass
         case _:
             assert_never(body)

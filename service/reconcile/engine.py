@@ -403,8 +403,16 @@ class Engine:
         return reply
 
     async def _reconcile_for(self, submission: cmd.Submission) -> Reply:
-        summary = await self.reconcile_now()
         request, command_id = submission.request, submission.command_id
+        self._journal.refuse_if_frozen()
+        asked = self._journal.draft(
+            ev.node_stream(self.node),
+            ev.ReconcileRequested(request=request),
+            actor=submission.actor,
+            command_id=command_id,
+        )
+        await self._journal.append([asked])
+        summary = await self.reconcile_now()
         reply = Reply(200, msgspec.json.encode({"dry_run": False, **summary.to_json()}))
         if request.key:
             job = answers.closed(

@@ -2,7 +2,7 @@
 
 Orphans, which the log once declared, are removed. A create is in the log before the kernel acts: one that the log has
 never heard of says that the log lost its end, or that somebody wrote our mark on a link of his own. Such are left alone
-and told of. Links of declared interfaces are not looked at here.
+and told of, as are links with a copy of a declared token. What declared interfaces are like is not looked at here.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import structlog
 
 from service import failpoints
 from service.domain import events as ev
-from service.domain.observed import Observed, ObservedLink
+from service.domain.observed import Observed, ObservedLink, one_each
 from service.domain.values import InterfaceId
 from service.reconcile.applying import Applying
 from service.reconcile.converge import remove_orphans
@@ -33,7 +33,7 @@ class Orphans:
         self, *, journal: Journal, applying: Applying, knows: Callable[[Collection[InterfaceId]], set[InterfaceId]]
     ) -> None:
         self._journal, self._applying, self._knows = journal, applying, knows
-        self._unheard: dict[str, str] = {}  # links with our token that the log knows nothing of, and what to say
+        self._unheard: dict[str, str] = {}  # links with a token of ours that is not theirs, and what to say
 
     def complaints(self) -> list[str]:
         """What there is that should not be, in words."""
@@ -47,8 +47,9 @@ class Orphans:
         """
         orphans, unheard = await self.undeclared(observed)
         said = {link.name: f"{link.name} carries our token, but the log has never heard of it" for link in unheard}
+        said |= self._copies(observed)
         for name in said.keys() - self._unheard.keys():
-            log.warning("a link carries our token, and the log has never heard of it: left alone", name=name)
+            log.warning("a link carries a token that is not its own: left alone", name=name, why=said[name])
         self._unheard = said
         if not orphans:
             return False
@@ -85,3 +86,18 @@ class Orphans:
         declared = self._journal.state.interfaces  # others by now, perhaps
         orphans = [link for each, link in suspects.items() if each in known and each not in declared]
         return orphans, [link for each, link in suspects.items() if each not in known]
+
+    def _copies(self, observed: Observed) -> dict[str, str]:
+        """Links that carry the token of an interface which another link is, and what to say of them."""
+        names: dict[InterfaceId, str] = {each: known.name for each, known in self._journal.state.interfaces.items()}
+        bearers = [
+            link
+            for link in observed.links.values()
+            if link.token is not None and link.token.node == self._journal.node and link.token.interface_id in names
+        ]
+        own = {link.ifindex for link in one_each(bearers, self._journal.node, names)}
+        return {
+            link.name: f"{link.name} carries a copy of the token of {names[link.token.interface_id]}"
+            for link in bearers
+            if link.ifindex not in own and link.token is not None
+        }

@@ -34,6 +34,7 @@ TYPES: Final[Mapping[str, tuple[int, type[ev.Event]]]] = {
     "DriftEnded": (1, ev.DriftEnded),
     "InterfaceContested": (1, ev.InterfaceContested),
     "ContestEnded": (1, ev.ContestEnded),
+    "ReconcileRequested": (1, ev.ReconcileRequested),
     "OrphanRemoved": (1, ev.OrphanRemoved),
     "WorkerExited": (1, ev.WorkerExited),
     "ProcessorCrashed": (1, ev.ProcessorCrashed),

@@ -373,7 +373,10 @@ class LogWriter:
         elif fault is None and not _of_the_log(name):
             return self._one_by_one(batch, error)
         else:
-            self._break(batch, fault or TunledgerError(ErrorCode.LOG_UNAVAILABLE, f"{self._path}: {error} ({name})"))
+            if fault is None:
+                code = ErrorCode.LOG_CORRUPT if _is_damage(name) else ErrorCode.LOG_UNAVAILABLE
+                fault = TunledgerError(code, f"{self._path}: {getattr(error, 'orig', error)} ({name})")
+            self._break(batch, fault)
         return []
 
     def _make_room(self, batch: list[_Append | _Run], fault: TunledgerError) -> list[_Append | _Run]:
@@ -567,3 +570,8 @@ def _tell(batch: Sequence[_Append | _Run], fault: TunledgerError) -> None:
 def _of_the_log(name: str) -> bool:
     """Whether an error says that the log is not what it should be: that it is damaged, or that others write to it."""
     return name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_CONSTRAINT_TRIGGER", "UnicodeDecodeError"))
+
+
+def _is_damage(name: str) -> bool:
+    """Whether an error says that the file is damaged."""
+    return name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB"))

@@ -146,7 +146,7 @@ def test_an_event_is_shown_with_all_that_it_has(past: Streaming, recorded: list[
         "stream": event.stream,
         "version": 1,
         "type": "InterfaceDeclared",
-        "schema_version": 2,
+        "schema_version": 3,
         "actor": event.actor,
         "command_id": event.command_id,
         "node": lives.NODE,

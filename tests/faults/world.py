@@ -302,7 +302,7 @@ def _done(verb: str, name: str, body: Mapping[str, Any], spec: Spec | None) -> S
     assert spec is not None, f"{verb} on {name}, which is not there"
     if verb == "change":
         return _whole(name, merged(spec, dict(body)))
-    return spec | {"processing": {"running": verb == "start"}}
+    return spec | {"processing": spec["processing"] | {"running": verb == "start"}}
 
 
 def _classic(verb: str, name: str, body: Mapping[str, Any], spec: Spec | None) -> Spec | None:
@@ -414,6 +414,7 @@ class World:
         forked: bool = True,
     ) -> None:
         self.case, self.sent = case, list[Heard]()
+        self.clock_was_set = False  # while a deadline ran: then the log's times do not tell whether it was kept
         self.planted: set[str] = set()
         self._decoys_wanted = decoys
         extra = {} if database is None else {"TUNLEDGER_DATABASE__URL": f"sqlite:///{database}"}
@@ -449,6 +450,8 @@ class World:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+        if error is None:  # thousands of cases would leave 4 MiB each
+            self.service.database.with_name(self.service.database.name + ".reserve").unlink(missing_ok=True)
 
     # -- the process
 
@@ -841,8 +844,7 @@ class World:
                 number += 1
             assert position > highest, f"position {position} was sent after {highest} was acknowledged"
 
-    @staticmethod
-    def _replay(events: Sequence[ev.Recorded], groups: Mapping[str, Sequence[Heard]]) -> dict[str, Spec]:
+    def _replay(self, events: Sequence[ev.Recorded], groups: Mapping[str, Sequence[Heard]]) -> dict[str, Spec]:
         model: dict[str, Spec] = {}
         before: dict[tuple[str, str], Spec | None] = {}
         intents: dict[tuple[str | None, str], ev.Recorded] = {}
@@ -864,7 +866,8 @@ class World:
                     deadline = deadlines.get(request.reverts)
                     assert deadline, f"command {request.reverts} was taken back, but had no deadline"
                     assert request.reverts not in confirmed, f"command {request.reverts} was taken back and confirmed"
-                    assert intent.recorded_at >= deadline, f"command {request.reverts} was taken back before its time"
+                    early = intent.recorded_at < deadline and not self.clock_was_set
+                    assert not early, f"command {request.reverts} was taken back before its time"
                     spec = before[request.reverts, name]
                 else:
                     group = groups[f"key {request.key}" if request.key else f"mark {request.reason}"]
@@ -963,7 +966,7 @@ class World:
             assert (again[0], again[2]) == (heard.status, heard.answer), f"{heard}: again {again[0]} {again[2]}"
 
     def _assert_nothing_left(self, excused: set[str]) -> None:
-        """A second reconcile finds nothing, writes nothing, does nothing."""
+        """A second reconcile finds nothing, writes nothing but that it was asked for, does nothing."""
         before, links = self.get("/api/v1/log/head"), {i: _set_by_somebody(link) for i, link in self.ours().items()}
         status, _, summary = self._exchange("POST", "/api/v1/reconcile", None, {"Tunledger-Reason": "again"}, 30.0)
         assert status == 200, f"reconcile: {status} {summary}"
@@ -975,9 +978,8 @@ class World:
         }
         assert not acted, f"a second reconcile had something to do: {acted}"
         if not excused:
-            after = self.get("/api/v1/log/head")
             news = self.query(f"SELECT type, payload FROM events WHERE position > {int(before['position'])}")  # noqa: S608
-            assert after == before, f"a second reconcile wrote {news}"
+            assert [kind for kind, _payload in news] == ["ReconcileRequested"], f"a second reconcile wrote {news}"
             done = {i: _set_by_somebody(link) for i, link in self.ours().items()}
             assert done == links, f"a second reconcile made {done} of {links}"
 

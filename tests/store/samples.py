@@ -85,6 +85,7 @@ SAMPLES: Final[Mapping[str, ev.Event]] = {
             differences=[{"path": "tun0.mtu", "desired": 1400, "observed": 1500}],
         ),
         ev.ContestEnded(interface_id=ID, name=NAME, quiet_s=61),
+        ev.ReconcileRequested(request=REQUEST),
         ev.OrphanRemoved(interface_id=ID, name="tun7", ifindex=42),
         ev.WorkerExited(worker=0, pid=4242, status="killed by SIGKILL", devices=["tun0", "tun1"]),
         ev.ProcessorCrashed(

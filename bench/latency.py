@@ -1,0 +1,121 @@
+"""The API while a worker has all it can do: does packets' work slow commands down?
+
+A real service on two cores. The worker has one for itself and gets a tenth more packets than it can read, so that the
+sender, on the other core, leaves some of it to the service; a client asks one thing after the other. Idle and loaded
+take turns. Beside it the same load with a C reader in the worker's place: what any reader would cost.
+"""
+
+import http.client
+import json
+import os
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from time import perf_counter, sleep
+
+from bench.figures import timed
+from bench.lab import READER_CPU, SENDER_CPU, Namespace, Programs, counted, open_tun, running, spent, tell, worker_of
+from tests.e2e.harness import Service
+
+ROUNDS = 5
+GETS, PATCHES = 100, 40  # a round
+OURS, OTHER = "bench0", "bench1"
+CHAIN = [{"processor": "inspect"}]
+AIM = 2.0
+
+
+def measure_latency(programs: Programs, space: Namespace) -> None:
+    """Measure and print the table."""
+    times: dict[tuple[str, str], list[float]] = defaultdict(list)
+    busy: dict[str, list[float]] = defaultdict(list)
+    with space.inside(), tempfile.TemporaryDirectory() as folder:
+        service = Service(Path(folder), settings={"TUNLEDGER_DATAPLANE__WORKERS": "1"})
+        try:
+            service.start()
+            body = {
+                "name": OURS,
+                "addresses": ["10.60.0.1/16"],
+                "processing": {"running": True, "chain": CHAIN},
+            }
+            service.ok("POST", "/api/v1/interfaces", body)
+            assert service.process is not None
+            worker = worker_of(service.process.pid)
+            os.sched_setaffinity(worker, {READER_CPU})
+            fd = open_tun(OTHER, "10.61.0.1")
+            client = http.client.HTTPConnection("127.0.0.1", service.port)
+            try:
+                with running([programs["read"], str(fd), "bare", "0"], READER_CPU, [fd]) as reader:
+                    flood = [programs["flood"], OURS, "udp", "10.60.0.1", "10.60.1.1", "64", "1000"]
+                    beside = [programs["flood"], OTHER, "udp", "10.61.0.1", "10.61.1.1", "64", "1000"]
+                    rates = {name: _capacity(command) * 1.1 for name, command in ((OURS, flood), (OTHER, beside))}
+                    for number in range(ROUNDS + 1):
+                        tell(f"API latency: round {number} of {ROUNDS}")
+                        if number == 1:  # warm
+                            times.clear()
+                            busy.clear()
+                        for state, sender, pid in (
+                            ("idle", None, worker),
+                            ("the worker at full load", [*flood, str(int(rates[OURS]))], worker),
+                            ("a C reader at full load", [*beside, str(int(rates[OTHER]))], reader.pid),
+                        ):
+                            with _sending(sender):
+                                begun, before = perf_counter(), spent(pid).total_s
+                                _ask(client, state, times)
+                                busy[state].append((spent(pid).total_s - before) / (perf_counter() - begun))
+            finally:
+                client.close()
+                os.close(fd)
+        finally:
+            service.close()
+    _show(times, busy)
+
+
+@contextmanager
+def _sending(command: Sequence[str] | None) -> Iterator[None]:
+    if command is None:
+        yield
+        return
+    with running(command, SENDER_CPU):
+        sleep(0.1)
+        yield
+
+
+def _capacity(flood: Sequence[str]) -> float:
+    """Packets a second that are read where there are more than that."""
+    with running([*flood, "0"], SENDER_CPU):
+        sleep(0.2)
+        begun, before = perf_counter(), counted(flood[1]).read_packets
+        sleep(0.5)
+        return (counted(flood[1]).read_packets - before) / (perf_counter() - begun)
+
+
+def _ask(client: http.client.HTTPConnection, state: str, times: dict[tuple[str, str], list[float]]) -> None:
+    for _ in range(GETS):
+        times["GET status", state].append(timed(partial(_call, client, "GET", f"/api/v1/interfaces/{OURS}")))
+    for number in range(PATCHES):
+        change = partial(_call, client, "PATCH", f"/api/v1/interfaces/{OURS}", {"mtu": 1400 + number % 2})
+        times["PATCH mtu", state].append(timed(change))
+
+
+def _call(client: http.client.HTTPConnection, method: str, path: str, body: object = None) -> None:
+    headers = {} if body is None else {"Content-Type": "application/json"}
+    client.request(method, path, None if body is None else json.dumps(body), headers)
+    response = client.getresponse()
+    text = response.read()
+    assert response.status == 200, text
+
+
+def _show(times: dict[tuple[str, str], list[float]], busy: dict[str, list[float]]) -> None:
+    print(f"\nAPI latency, one client: p99 loaded at most {AIM:g} times idle\n")
+    print(f"| {'what':36} | {'p50 ms':>8} | {'p99 ms':>8} | {'p99 / idle':>10} | {'reader busy':>11} |")
+    print(f"| {'-' * 36} | {'-' * 7}: | {'-' * 7}: | {'-' * 9}: | {'-' * 10}: |")
+    for (what, state), values in times.items():
+        ordered = sorted(values)
+        p50, p99 = ordered[len(ordered) // 2], ordered[int(len(ordered) * 0.99)]
+        idle = sorted(times[what, "idle"])
+        ratio = p99 / idle[int(len(idle) * 0.99)]
+        share = sum(busy[state]) / len(busy[state])
+        print(f"| {what + ', ' + state:36} | {p50:8.2f} | {p99:8.2f} | {ratio:9.2f}x | {share:11.0%} |")

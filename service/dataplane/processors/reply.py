@@ -1,0 +1,240 @@
+"""`reply`: stands for all hosts of some networks, as far as ping, ARP and neighbour discovery can tell.
+
+Nothing else of a host is played, and no packet is made up: there is at most one answer for each request, and what is
+not answered goes on to the next stage as it came.
+
+What is answered, if it is for an address in `networks`:
+
+- ICMP and ICMPv6 echo requests (RFC 792; RFC 4443, 4.1). Whole ones only: no fragments, no IPv4 options, no IPv6
+  extension headers. The request itself becomes the reply, in place: addresses swapped, type and checksum changed
+  (RFC 1624), the time to live as it was. So a request with a wrong checksum gets a reply with one, and is dropped by
+  who asked.
+- On a TAP, ARP requests (RFC 826) and neighbour solicitations (RFC 4861, 4.3; checked as 7.1.1 asks), with the
+  stage's MAC address: `mac`, or one derived from the interface's name, locally administered. Echo requests are
+  answered there if they were sent to that address. VLAN tags are kept.
+
+What is not: requests to or from a multicast, broadcast, loopback or unspecified address, or from the address they are
+for, or (TAP) to or from a group address, but for ARP requests and solicitations, which are sent to one. Nor probes for
+a duplicate (RFC 5227; RFC 4862, 5.4), or the host could take no address of these networks for itself. Every other
+address in `networks` is answered for, the first and the last of a subnet too: only the host knows what is a subnet.
+The source may be in `networks`, as the host's own address mostly is. Replies are never answered, so none goes round.
+"""
+
+import ipaddress
+import struct
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from typing import Any, ClassVar, Final
+
+from service.dataplane.contract import Batch, Context, Processor
+from service.packet.build import ARP_REPLY, ARP_REQUEST, arp, ethernet, neighbour_advertisement
+from service.packet.checksum import ones_complement_sum
+from service.packet.classify import CLASSES
+from service.packet.flowkey import Entry
+from service.packet.segment import CannotCut, finish
+
+_IPV4: Final = struct.Struct("!BxH2xI2xIIHH")
+_IPV6: Final = struct.Struct("!B3xHBxQQQQHH")
+_WHOLE: Final = 0xBFFF00FF  # of flags, offset, TTL and protocol; see flowkey
+_ECHO: Final = 0x0800
+_ECHO_V6: Final = 0x8000
+_BROADCAST: Final = b"\xff" * 6
+_ANSWERED: Final = frozenset(CLASSES.index(name) for name in ("ipv4.icmp", "ipv6.icmpv6", "arp"))
+_FIGURES: Final = ("answered_icmp", "answered_icmpv6", "answered_arp", "answered_ndp", "refused")
+
+
+def derived_mac(interface: str) -> bytes:
+    """A locally administered address (IEEE 802, 8.4) that is the same for the same name."""
+    octets = bytearray(sha256(b"tunledger reply " + interface.encode()).digest()[:6])
+    octets[0] = octets[0] & 0xFC | 0x02
+    return bytes(octets)
+
+
+class Reply(Processor):
+    """Options: `networks`, CIDR strings; `answers`, of icmp, icmpv6, arp and ndp, all by default; `mac`."""
+
+    takes_segments: ClassVar[bool] = True
+    figures: ClassVar[tuple[str, ...]] = _FIGURES
+
+    def __init__(self, options: Mapping[str, Any], context: Context) -> None:
+        """Raises ValueError for networks or an address that are none."""
+        super().__init__(options, context)
+        networks = [ipaddress.ip_network(text) for text in options.get("networks", ())]
+        if not networks:
+            raise ValueError("networks: needs at least one")
+        answers = set(options.get("answers") or ("icmp", "icmpv6", "arp", "ndp"))
+        pairs = [(net.version, (int(net.network_address), int(net.netmask))) for net in networks]
+        self._ipv4: Final = [pair for version, pair in pairs if version == 4]
+        self._ipv6: Final = [pair for version, pair in pairs if version == 6]
+        self._icmp: Final = "icmp" in answers and bool(self._ipv4)
+        self._icmpv6: Final = "icmpv6" in answers and bool(self._ipv6)
+        self._tap: Final = context.mode == "tap"
+        self._arp: Final = self._tap and "arp" in answers and bool(self._ipv4)
+        self._ndp: Final = self._tap and "ndp" in answers and bool(self._ipv6)
+        mac = options.get("mac")
+        self._mac: Final = bytes.fromhex(mac.replace(":", "")) if mac else derived_mac(context.interface)
+        if len(self._mac) != 6:
+            raise ValueError(f"mac: {mac} is no Ethernet address")
+
+    def process(self, batch: Batch) -> None:
+        """Answer what is to be answered; the rest is left."""
+        counts = [0, 0, 0, 0, 0]
+        headers = batch.headers
+        packets = batch.packets
+        answer = self._answer_frame if self._tap else self._answer_packet
+        entries: list[Entry] | None = getattr(batch, "entries", None)
+        if entries is None:
+            asked: Sequence[int] = range(len(packets))
+        else:
+            asked = [index for index, entry in enumerate(entries) if entry.kind in _ANSWERED]
+        answered = set()
+        for index in asked:
+            batch.at = index
+            packet = packets[index]
+            if headers is not None and not _finished(packet, headers[index], self._tap):
+                continue
+            which = answer(batch, packet)
+            if which >= 0:
+                counts[which] += 1
+                answered.add(index)
+        if answered:
+            batch.take([index for index in range(len(packets)) if index not in answered])
+            for figure, count in zip(_FIGURES, counts, strict=True):
+                if count:
+                    self.context.count(figure, count)
+
+    def _answer_packet(self, batch: Batch, packet: memoryview) -> int:
+        """Which figure counts the answer, -1 if there is none."""
+        which = self._turn(packet, 0)
+        return which if which < 0 or batch.answer(packet) else 4
+
+    def _turn(self, packet: memoryview, at: int) -> int:
+        """Make the reply of an echo request whose IP header is at `at`; its figure, or -1 for what stays as it is."""
+        length = len(packet) - at
+        if length < 28:
+            return -1
+        if packet[at] == 0x45:
+            if not self._icmp:
+                return -1
+            _, total, shape, source, to, kind, checksum = _IPV4.unpack_from(packet, at)
+            if kind != _ECHO or shape & _WHOLE != 1 or not 28 <= total <= length or source == to:
+                return -1
+            # The first octets of no host: this network, loopback, multicast, reserved and broadcast.
+            if source >> 24 in (0, 127) or to >> 24 in (0, 127) or source >= 0xE0000000 or to >= 0xE0000000:
+                return -1
+            for base, mask in self._ipv4:
+                if to & mask == base:
+                    break
+            else:
+                return -1
+            # HC' = HC + m - m' (RFC 1624): m is 0x0800, m' is 0. 0xFFFF is as right as 0, and right for all zeros.
+            checksum += _ECHO
+            struct.pack_into("!IIHH", packet, at + 12, to, source, 0, checksum - 0xFFFF * (checksum > 0xFFFF))
+            return 0
+        if packet[at] >> 4 != 6 or not self._icmpv6 or length < 48:
+            return -1
+        _, total, following, high, low, to_high, to_low, kind, checksum = _IPV6.unpack_from(packet, at)
+        if kind != _ECHO_V6 or following != 58 or not 8 <= total <= length - 40:
+            return -1
+        if not _host_v6(high, low) or not _host_v6(to_high, to_low) or (high == to_high and low == to_low):
+            return -1
+        address = to_high << 64 | to_low
+        for base, mask in self._ipv6:
+            if address & mask == base:
+                break
+        else:
+            return -1
+        checksum += 0xFFFF - 0x0100  # m is 0x8000, m' is 0x8100
+        struct.pack_into(
+            "!QQQQHH", packet, at + 8, to_high, to_low, high, low, 0x8100, checksum - 0xFFFF * (checksum > 0xFFFF)
+        )
+        return 1
+
+    def _is_ours_v6(self, address: int) -> bool:
+        return any(address & mask == base for base, mask in self._ipv6)
+
+    def _is_ours_v4(self, address: int) -> bool:
+        return any(address & mask == base for base, mask in self._ipv4)
+
+    def _answer_frame(self, batch: Batch, frame: memoryview) -> int:
+        length = len(frame)
+        if length < 14 or frame[6] & 1:
+            return -1
+        at = 14
+        ethertype = frame[12] << 8 | frame[13]
+        while ethertype in (0x8100, 0x88A8) and at + 4 <= length and at < 14 + 4 * 4:
+            at += 4
+            ethertype = frame[at - 2] << 8 | frame[at - 1]
+        if ethertype == 0x0806:
+            return self._answer_arp(batch, frame, at) if self._arp else -1
+        to = frame[:6]
+        if ethertype == 0x86DD and self._ndp and length >= at + 64 and frame[at + 6] == 58 and frame[at + 40] == 135:
+            return self._answer_solicitation(batch, frame, at)
+        if to != self._mac or not (
+            (ethertype == 0x0800 and length > at and frame[at] >> 4 == 4)
+            or (ethertype == 0x86DD and length > at and frame[at] >> 4 == 6)
+        ):
+            return -1
+        which = self._turn(frame, at)
+        if which < 0:
+            return -1
+        frame[:6] = bytes(frame[6:12])
+        frame[6:12] = self._mac
+        return which if batch.answer(frame) else 4
+
+    def _answer_arp(self, batch: Batch, frame: memoryview, at: int) -> int:
+        if len(frame) < at + 28 or frame[:6] not in (_BROADCAST, self._mac):
+            return -1
+        message = bytes(frame[at : at + 28])
+        sender_mac, sender, target = message[8:14], message[14:18], message[24:28]
+        asked = int.from_bytes(target, "big")
+        # Other kinds of address than MAC and IPv4, other operations, a probe, an announcement: not for us.
+        if message[:8] != arp(ARP_REQUEST, (b"", b""), (b"", b"")) or sender == bytes(4) or sender == target:
+            return -1
+        if sender_mac[0] & 1 or asked >> 24 in (0, 127) or asked >= 0xE0000000 or not self._is_ours_v4(asked):
+            return -1
+        reply = arp(ARP_REPLY, (self._mac, target), (sender_mac, sender))
+        return 2 if batch.answer(_frame(frame, at, self._mac, reply)) else 4
+
+    def _answer_solicitation(self, batch: Batch, frame: memoryview, at: int) -> int:
+        payload = frame[at + 4] << 8 | frame[at + 5]
+        # RFC 4861, 7.1.1: hop limit 255, code 0, 24 octets or more, a right checksum, a target that is no group.
+        if frame[at] >> 4 != 6 or frame[at + 7] != 255 or frame[at + 41] or not 24 <= payload <= len(frame) - at - 40:
+            return -1
+        source, to, target = (bytes(frame[at + start : at + start + 16]) for start in (8, 24, 48))
+        if to != bytes.fromhex("ff0200000000000000000001ff") + target[13:] and to != target:
+            return -1
+        high, low = struct.unpack("!QQ", source)
+        asked = int.from_bytes(target, "big")
+        if not _host_v6(high, low) or not _host_v6(asked >> 64, asked & (1 << 64) - 1) or source == target:
+            return -1
+        if not self._is_ours_v6(asked):
+            return -1
+        if ones_complement_sum(frame, at + 40, payload, ones_complement_sum(source + to) + 58 + payload) != 0xFFFF:
+            return -1
+        reply = neighbour_advertisement(target, self._mac, source)
+        return 3 if batch.answer(_frame(frame, at, self._mac, reply)) else 4
+
+
+def _host_v6(high: int, low: int) -> bool:
+    """Neither multicast, nor loopback, nor unspecified."""
+    return high >> 56 != 0xFF and not (high == 0 and low in (0, 1))
+
+
+def _frame(frame: memoryview, at: int, mac: bytes, packet: bytes) -> bytes:
+    """A frame back to where one came from, with its VLAN tags."""
+    ethertype = frame[at - 2] << 8 | frame[at - 1]
+    return ethernet(bytes(frame[6:12]), mac, packet, ethertype, bytes(frame[12 : at - 2]))
+
+
+def _finished(packet: memoryview, header: memoryview, tap: bool) -> bool:
+    """Whether a packet is whole, its checksum put in if only that was missing."""
+    if header[1]:
+        return False
+    if header[0] & 1:
+        try:
+            finish(packet, header, "tap" if tap else "tun")
+        except CannotCut:
+            return False
+        header[0] &= 0xFE
+    return True
