@@ -1,5 +1,6 @@
 """What people see of packets, end to end: captures that tcpdump reads, live and from files, and packets in words."""
 
+import hashlib
 import shutil
 import signal
 import socket
@@ -168,3 +169,48 @@ def test_an_orderly_stop_ends_streams_and_tells_of_captures(running: Service) ->
         head = curl.stdout.read()
     assert head[:4] == bytes.fromhex("0a0d0d0a")
     assert [body.reason for body in told(running)[2:]] == ["shutdown", "shutdown"]
+
+
+@needs_curl
+def test_a_file_goes_through_two_interfaces_into_another_namespace_and_comes_whole(
+    service: Service, tmp_path: Path
+) -> None:
+    """here: tun0 10.1.0.1 -> worker -> tun1 10.1.0.2: there, and back."""
+    there = f"tlfwd{service.port}{tmp_path.name[-6:]}".replace("_", "")[:30]
+    subprocess.run(["ip", "netns", "add", there], check=True)
+    try:
+        subprocess.run(["ip", "-n", there, "link", "set", "lo", "up"], check=True)
+        service.start()
+        for name, to, address, netns in (("tun0", "tun1", "10.1.0.1/24", None), ("tun1", "tun0", "10.1.0.2/24", there)):
+            chain = [{"processor": "inspect"}, {"processor": "forward", "to": to}]
+            spec = {"name": name, "addresses": [address], "netns": netns}
+            processing = {"running": True, "chain": chain}
+            assert service.call("POST", "/api/v1/interfaces", {**spec, "processing": processing})[0] == 201
+        folder = tmp_path / "files"
+        folder.mkdir()
+        octets = bytes(range(256)) * 40_000  # 10 MB
+        (folder / "x").write_bytes(octets)
+        command = ["ip", "netns", "exec", there, sys.executable, "-m", "http.server", "8000", "--bind", "10.1.0.2"]
+        with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+            try:
+                got = eventually(
+                    lambda: (
+                        subprocess.run(
+                            ["curl", "-sf", "--max-time", "60", "http://10.1.0.2:8000/x"],
+                            capture_output=True,
+                            check=False,
+                        ).stdout
+                    ),
+                    30,
+                    "the file",
+                )
+            finally:
+                server.terminate()
+        assert hashlib.sha256(got).digest() == hashlib.sha256(octets).digest()
+        flows = eventually(lambda: service.ok("GET", f"{BASE}/flows")["flows"], what="the flow")
+        assert (flows[0]["protocol"], flows[0]["second"]) == ("tcp", {"address": "10.1.0.2", "port": 8000})
+        assert flows[0]["returned"]["bytes"] > len(octets)
+        for name in ("tun0", "tun1"):
+            assert service.call("DELETE", f"/api/v1/interfaces/{name}")[0] == 200
+    finally:
+        subprocess.run(["ip", "netns", "delete", there], check=False)
