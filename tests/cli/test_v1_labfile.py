@@ -1,6 +1,7 @@
 """The file of apply and export: strict, each mistake with its place; what is written reads back as it was."""
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import example, given
