@@ -160,11 +160,23 @@ def _worker_dies(life: Life) -> None:
     spec = {"name": "w0", "addresses": ["10.6.0.1/24"], "processing": {"running": True}}
     life.say(201, "POST", "/api/v1/interfaces", spec)
     workers = life.world.workers()
-    if workers:
+    if workers and "w0" in life.world.host.links():
         life.world.traffic("w0", packets=20)
         os.kill(workers[0], signal.SIGKILL)
     life.until(lambda: "WorkerExited" in str(life.ask("/api/v1/events?type=WorkerExited")), "the death to be noticed")
     life.until(lambda: life.ask("/api/v1/interfaces/w0")["status"]["observed"]["processing"]["running"], "a successor")
+
+
+def _chain(life: Life) -> None:
+    """What is done with packets is changed while they are read."""
+    spec = {"name": "p0", "addresses": ["10.7.0.1/24"], "processing": {"running": True}}
+    life.say(201, "POST", "/api/v1/interfaces", spec)
+    for chain in (
+        [{"processor": "inspect"}],
+        [{"processor": "filter", "default": "drop"}, {"processor": "inspect"}],
+        [],
+    ):
+        life.say(200, "PATCH", "/api/v1/interfaces/p0", {"processing": {"chain": chain}})
 
 
 def _undone(life: Life) -> None:
@@ -324,6 +336,7 @@ SCENARIOS: Final = (
     Scenario("lab", _lab),
     Scenario("deadline", _deadline, settings=KEEP | {"TUNLEDGER_COUNTERS__INTERVAL_S": "1"}),
     Scenario("a worker dies", _worker_dies, settings=KEEP),
+    Scenario("chain", _chain),
     Scenario("undone", _undone),
     Scenario("drifts", _drifts, settings=KEEP),
     Scenario("recovery", _rests, prepare=crashed, settings=KEEP),

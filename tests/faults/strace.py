@@ -26,6 +26,7 @@ _ENTRY = re.compile(r"(?:(\d+) +)?(\w+)\((.*)")
 _REST = re.compile(r"(?:(\d+) +)?<\.\.\. (\w+) resumed>(.*)")
 _RESULT = re.compile(r"(.*)\)\s+= (.*)", re.DOTALL)
 _UNFINISHED = " <unfinished ...>"
+_DETACHED = " <detached ...>"
 _DESCRIPTOR = re.compile(r"(?:\d+|AT_FDCWD)<((?:\\x[0-9a-f]{2})*)>")
 _STRING = re.compile(r'"((?:\\x[0-9a-f]{2})*)"')
 
@@ -113,7 +114,7 @@ def calls(trace: Path) -> list[Call]:
             begun, rest = _ENTRY.match(line), _REST.match(line)
             if begun is not None:
                 thread, name, text = int(begun[1] or 0), begun[2], begun[3].rstrip("\n")
-                call = Call(thread, name, text.removesuffix(_UNFINISHED), number)
+                call = Call(thread, name, text.removesuffix(_UNFINISHED).removesuffix(_DETACHED), number)
                 found.append(call)
                 if text.endswith(_UNFINISHED):
                     open_calls[thread] = call
