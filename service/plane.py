@@ -125,8 +125,9 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except DataplaneError as error:
-        code = ErrorCode.NOT_RUNNING if error.code == "not_attached" else ErrorCode.WORKER_FAILED
-        raise TunledgerError(code, error.message, retry=error.retry and code is not ErrorCode.NOT_RUNNING) from error
+        if error.code == "not_attached":
+            raise TunledgerError(ErrorCode.NOT_RUNNING, error.message) from error
+        raise TunledgerError(ErrorCode.WORKER_FAILED, error.message, retry=error.retry) from error
 
 
 def trim(path: Path) -> None:

@@ -792,7 +792,7 @@ def _packets() -> list[Operation]:
     capture = f"{one}/captures/{{capture_id}}"
     read = (_E.INVALID_FIELD, _E.NO_INTERFACE)
     told = (*_LOG_READ, _E.LOG_FULL, _E.SHUTTING_DOWN, _E.OUTCOME_UNKNOWN)
-    begun = (*read, _E.NOT_RUNNING, _E.OVERLOADED, _E.WORKER_FAILED, *told)
+    begun = (*read, _E.NOT_RUNNING, _E.TOO_MANY_CAPTURES, _E.WORKER_FAILED, *told)
     octets = Answer(schema=text("pcapng"), description="packets as pcapng", media_type=PCAPNG)
     events = Answer(
         schema=text("server-sent events"), description="goes on until one side ends it", media_type="text/event-stream"

@@ -31,6 +31,7 @@ from service.domain.errors import ErrorCode, TunledgerError
 
 SUBJECTS: Final = {
     "Interfaces": "interfaces",
+    "Packets": "packets",
     "Files": "files",
     "The host": "host",
     "What happened": "log",

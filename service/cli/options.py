@@ -146,12 +146,21 @@ def segment(name: str) -> str:
 
 def remote_options(function: Command) -> Command:
     """--config, --url and --output; the command gets a `Remote` first."""
+    return config_option(_with_remote(function))
 
+
+def remote_options_but_c(function: Command) -> Command:
+    """The same, for a command whose -c is another: --config has no short form there."""
+    config = click.option("--config", type=click.Path(path_type=Path, dir_okay=True), help="Configuration file (JSON).")
+    return config(_with_remote(function))
+
+
+def _with_remote(function: Command) -> Command:
     @functools.wraps(function)
     def with_remote(*, config: Path | None, url: str | None, output: str, **others: Any) -> None:
         function(Remote(Client(where(config, url)), output), **others)
 
-    return config_option(url_option(output_option(with_remote)))
+    return url_option(output_option(with_remote))
 
 
 def where(config: Path | None, url: str | None) -> str:

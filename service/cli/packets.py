@@ -20,6 +20,7 @@ from service.cli.options import (
     name_argument,
     refused,
     remote_options,
+    remote_options_but_c,
     segment,
     write_options,
 )
@@ -29,7 +30,7 @@ _ETHERTYPES = {"0x0800": "IPv4", "0x86dd": "IPv6", "0x0806": "ARP"}
 
 
 @click.command()
-@remote_options
+@remote_options_but_c
 @name_argument
 @click.option("-n", "numeric", is_flag=True, help="As with tcpdump: numbers only. They always are.")
 @click.option("-c", "--count", type=click.IntRange(1), help="End after so many packets.")

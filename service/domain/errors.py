@@ -38,6 +38,7 @@ class ErrorCode(StrEnum):
     VERIFY_FAILED = "verify_failed"
     WORKER_FAILED = "worker_failed"
     CAPTURE_FAILED = "capture_failed"
+    TOO_MANY_CAPTURES = "too_many_captures"
     NOT_INSPECTED = "not_inspected"
     LOG_UNAVAILABLE = "log_unavailable"
     LOG_FULL = "log_full"

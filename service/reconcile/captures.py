@@ -40,6 +40,9 @@ from service.store.reader import LogReader, Selection
 CAPTURES_MAX: Final = 16
 """Under way at once, live ones among them; each costs a worker a write for every batch."""
 
+INTERFACE_MAX: Final = 8
+"""Under way at once on one interface; as many taps as a device can have."""
+
 KEPT_MAX: Final = 256
 """Captures whose files are kept; then somebody has to remove some."""
 
@@ -191,7 +194,7 @@ class Captures:
         self._now, self._new_id, self._trim = now, new_id, trim
         self._captures_max = captures_max
         self._captures: dict[str, Capture] = {}
-        self._starting = 0
+        self._starting: list[InterfaceId] = []
         self._closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._looking = asyncio.Lock()
@@ -217,8 +220,12 @@ class Captures:
             await self._look()
 
     async def start(self, interface_id: InterfaceId, name: InterfaceName, settings: Settings, asker: Asker) -> Capture:
-        """Begin a capture into files. Raises TunledgerError: not_running, overloaded, capture_failed, the log's."""
-        with self._room():
+        """Begin a capture into files.
+
+        Raises:
+            TunledgerError: not_running, too_many_captures, capture_failed, the log's.
+        """
+        with self._room(interface_id):
             capture = self._made(interface_id, name, settings, "tap")
             fd = await asyncio.to_thread(self._open_next, capture)
             try:
@@ -245,7 +252,7 @@ class Captures:
 
         `pipe_bytes` is how much may wait for its reader; what is more is dropped and counted.
         """
-        with self._room():
+        with self._room(interface_id):
             capture = self._made(interface_id, name, settings, "live")
             reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
             try:
@@ -388,26 +395,30 @@ class Captures:
     # -- inside
 
     @contextlib.contextmanager
-    def _room(self) -> Iterator[None]:
-        """Room for one more capture. Raises TunledgerError: overloaded, shutting_down."""
+    def _room(self, interface_id: InterfaceId) -> Iterator[None]:
+        """Room for one more capture. Raises TunledgerError: too_many_captures, shutting_down."""
         if self._closing:
             raise TunledgerError(ErrorCode.SHUTTING_DOWN, "the service is stopping", retry=True)
-        running = sum(each.running and each.kind != "stage" for each in self._captures.values()) + self._starting
-        if running >= self._captures_max:
+        running = [each.interface_id for each in self._captures.values() if each.running and each.kind != "stage"]
+        running += self._starting
+        if len(running) >= self._captures_max or running.count(interface_id) >= INTERFACE_MAX:
             raise TunledgerError(
-                ErrorCode.OVERLOADED,
-                f"{running} captures are under way, which is the most; stop one, or try again",
+                ErrorCode.TOO_MANY_CAPTURES,
+                f"{len(running)} captures are under way, {running.count(interface_id)} of them on this interface; "
+                f"at most {self._captures_max} and {INTERFACE_MAX}: stop one, or try again",
                 retry=True,
             )
         if len(self._captures) >= KEPT_MAX:
             raise TunledgerError(
-                ErrorCode.OVERLOADED, f"the files of {KEPT_MAX} captures are kept; delete some of them", retry=True
+                ErrorCode.TOO_MANY_CAPTURES,
+                f"the files of {KEPT_MAX} captures are kept; delete some of them",
+                retry=True,
             )
-        self._starting += 1
+        self._starting.append(interface_id)
         try:
             yield
         finally:
-            self._starting -= 1
+            self._starting.remove(interface_id)
 
     def _made(self, interface_id: InterfaceId, name: InterfaceName, settings: Settings, kind: str) -> Capture:
         if kind != "stage" and interface_id not in self._taps.attached():

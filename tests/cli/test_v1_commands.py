@@ -66,6 +66,36 @@ def _present(run: Run) -> set[str]:
 # -- one interface
 
 
+def test_a_chain_is_written_stage_by_stage_or_as_json(run: Run) -> None:
+    made = run(
+        "create", "ch0", "--processor", "inspect", "--processor", "capture:files=1,size_bytes=null",
+        "--processor", "reply:networks=10.0.0.0/24+10.1.0.0/24,answers=icmp",
+        "--processor", "balance:to=tun1+tun2*3,symmetric=false", "--processor", "mine:a=-3,b=x",
+        "--offloads", "off", "--dry-run", "-o", "json",
+    )  # fmt: skip
+    (event,) = _json(made)["events"]
+    processing = event["payload"]["spec"]["processing"]
+    assert processing["offloads"] == "off"
+    inspect, capture, reply, balance, mine = processing["chain"]
+    assert (inspect["processor"], capture["files"], capture["size_bytes"]) == ("inspect", 1, None)
+    assert (reply["networks"], reply["answers"]) == (["10.0.0.0/24", "10.1.0.0/24"], ["icmp"])
+    assert balance["to"] == [{"to": "tun1", "weight": 1}, {"to": "tun2", "weight": 3}]
+    assert balance["symmetric"] is False
+    assert (mine["a"], mine["b"]) == (-3, "x")
+    chain = [{"processor": "forward", "to": "tun9"}]
+    run("create", "ch1", "--chain", json.dumps(chain))
+    assert _json(run("show", "ch1", "-o", "json"))["spec"]["processing"]["chain"][0]["to"] == "tun9"
+    assert "forward" in run("show", "ch1").stdout
+    run("set", "ch1", "--processor", "none")
+    assert _json(run("show", "ch1", "-o", "json"))["spec"]["processing"]["chain"] == []
+    run("delete", "ch1")
+
+
+@pytest.mark.parametrize("wrong", ["forward:to", "forward:=x", "forward:to=a,to=b", "balance:to=tun1*x"])
+def test_a_stage_that_cannot_be_read_is_bad_usage(run: Run, wrong: str) -> None:
+    assert "--processor" in run("create", "ch2", "--processor", wrong, status=2).stderr
+
+
 def test_create_show_list_and_delete(run: Run) -> None:
     made = run(
         "create", "cr0", "--mode", "tap", "--address", "10.20.0.1/24", "--address", "fd20::1/64", "--mtu", "1400",
@@ -86,7 +116,8 @@ def test_create_show_list_and_delete(run: Run) -> None:
         "group": 0,
         "multi_queue": False,
         "mac": "02:00:00:00:20:01",
-        "processing": {"running": False},
+        "netns": None,
+        "processing": {"running": False, "chain": [], "offloads": "auto"},
         "drift": "repair",
         "description": "für alle",
         "labels": {"lab": "north", "rack": "7"},
@@ -115,7 +146,7 @@ def test_set_changes_what_is_given_and_nothing_else(run: Run) -> None:
     assert after == before | {
         "mtu": 1400,
         "labels": {"b": "2", "c": "3"},
-        "processing": {"running": True},
+        "processing": {"running": True, "chain": [], "offloads": "auto"},
         "description": "x y",
     }
     _json(run("set", "se0", "--stop", "-o", "json"))
@@ -155,7 +186,7 @@ def test_start_and_stop(run: Run) -> None:
     assert run("start", "st0", "--reason", "to see it").stdout.splitlines()[0] == "st0: processing started"
     assert run("list", "st0").stdout.splitlines()[1].split()[4] == "running"
     assert "(already_running)" in run("start", "st0", status=1).stderr
-    assert _json(run("stop", "st0", "-o", "json"))["spec"]["processing"] == {"running": False}
+    assert _json(run("stop", "st0", "-o", "json"))["spec"]["processing"]["running"] is False
     run("delete", "st0")
 
 

@@ -1,6 +1,7 @@
 """The file of apply and export: strict, each mistake with its place; what is written reads back as it was."""
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -22,7 +23,15 @@ WHOLE = {
     "group": 100,
     "multi_queue": True,
     "mac": "02:00:00:00:00:01",
-    "processing": {"running": True},
+    "netns": "north",
+    "processing": {
+        "running": True,
+        "chain": [
+            {"processor": "inspect", "on_crash": "restart", "flows": 4096, "packets": 64},
+            {"processor": "forward", "on_crash": "bypass", "to": "tun0"},
+        ],
+        "offloads": "off",
+    },
     "drift": "report",
     "description": "where it hangs: über #1",
     "labels": {"lab": "north", "on": "yes", "port": "0800"},
@@ -55,6 +64,11 @@ def _problem(text: str, name: str = "lab.yaml") -> str:
         ("interfaces: [{name: tun0}, {name: tun1}, {name: tun0}]", "interfaces.2.name: tun0 is there already, as in"),
         ("interfaces:\n  - name: tun0\n    mtu: 1400\n    mtu: 1500\n", "lab.yaml:4:5: mtu: given twice"),
         ("interfaces: [{name: tun0, labels: {1: x}}]", "lab.yaml:1:36: 1: a key is text"),
+        (
+            "interfaces: [{name: tun0, processing: {chain: [{processor: forward}]}}]",
+            "interfaces.0 (tun0).processing.chain.0.to: missing",
+        ),
+        ("interfaces: [{name: tun0, netns: a/b}]", "interfaces.0 (tun0).netns: "),
         ("interfaces: [", "lab.yaml:1:14: "),
         ("interfaces: []\n---\ninterfaces: []", "lab.yaml:2:1: "),
         ("a: !!python/object:os.system x", "could not determine a constructor"),
@@ -138,7 +152,8 @@ def test_create_change_and_delete_in_one_batch_with_deletes_first() -> None:
         {"name": "tun9", "mtu": 1500, "addresses": ["10.9.0.1/24"]},
     )
     create = {"create": {"name": "tun9", "addresses": ["10.9.0.1/24"]}}
-    patch = {"mtu": 1500, "mac": None, "labels": {"lab": "south", "port": None}, "processing": {"running": False}}
+    patch: dict[str, Any] = {"mtu": 1500, "mac": None, "labels": {"lab": "south", "port": None}}
+    patch |= {"processing": {"running": False, "chain": [], "offloads": "auto"}}
     change = {"change": {"name": "tap1", "patch": patch}}
     assert labfile.commands(wanted, present, prune=True) == [{"delete": {"name": "old0"}}, change, create]
     assert labfile.commands(wanted, present, prune=False) == [change, create]
@@ -154,7 +169,7 @@ _specs = st.builds(
                 "mtu": mtu,
                 "owner": owner,
                 "mac": mac,
-                "processing": {"running": running},
+                "processing": {"running": running, "chain": [], "offloads": "auto"},
                 "labels": labels,
             }
         )

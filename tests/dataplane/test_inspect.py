@@ -53,8 +53,9 @@ def tcp(flags: int, size: int = 0) -> bytes:
     return head + struct.pack("!HHIIBBHHH", 4000, 80, 1, 2, 0x50, flags, 512, 0, 0) + bytes(size)
 
 
+few = st.sampled_from((udp(1, 2), udp(2, 1), udp(1, 2, 50), tcp(0x02), tcp(0x10, 5)))
 batches = st.lists(
-    st.tuples(st.lists(strategies.octets, max_size=8), st.sampled_from(("from_kernel", "to_kernel"))), max_size=6
+    st.tuples(st.lists(few | strategies.octets, max_size=8), st.sampled_from(("from_kernel", "to_kernel"))), max_size=6
 )
 frame_batches = st.lists(
     st.tuples(st.lists(strategies.frames, max_size=8), st.sampled_from(("from_kernel", "to_kernel"))), max_size=6
@@ -128,6 +129,16 @@ def test_a_flow_is_one_row_with_both_directions() -> None:
         assert totals.from_kernel == {"ipv4.udp": (2, 76)}
         assert [row.ends.protocol for row in reader.top(1)] == [17]
         assert [row.ends.protocol for row in reader.top(9, "packets")] == [17, 6]
+
+
+def test_a_flow_begins_with_its_first_packet_in_either_direction() -> None:
+    with inspecting() as (stage, reader, _):
+        run(stage, [udp(8, 9)], time_ns=1)
+        run(stage, [udp(2, 1)], direction="to_kernel", time_ns=2)
+        run(stage, [udp(1, 2)], time_ns=3)
+        stage.tick(4)
+        times = {row.ends.first_port: (row.first_seen_ns, row.last_seen_ns) for row in reader.rows()}
+        assert times == {1008: (1, 1), 1001: (2, 3)}
 
 
 def test_the_least_recently_seen_flow_makes_room_and_is_counted() -> None:

@@ -1,5 +1,6 @@
 """What people see of packets, end to end: captures that tcpdump reads, live and from files, and packets in words."""
 
+import hashlib
 import shutil
 import signal
 import socket
@@ -37,6 +38,11 @@ def ping(count: int = 1) -> None:
             raw.sendto(ECHO, (PEER, 0))
 
 
+def pinged() -> bool:
+    ping()
+    return True
+
+
 def url(service: Service, path: str) -> str:
     return f"http://127.0.0.1:{service.port}{path}"
 
@@ -68,7 +74,7 @@ def test_tcpdump_reads_the_live_stream_and_its_end_ends_the_capture(running: Ser
             lines.append(pipeline.stdout.readline())
         assert all("IP 10.0.0.1 > 10.0.0.2: ICMP echo request, id 1, seq 1, length 8" in line for line in lines)
         ping()  # curl hears of tcpdump's end when it has something to write
-        eventually(lambda: ping() or len(told(running)) == 2, what="the end of the capture")
+        eventually(lambda: pinged() and len(told(running)) == 2, what="the end of the capture")
     started, stopped = told(running)
     assert started.live
     assert (stopped.reason, stopped.capture_id) == ("client_gone", started.capture_id)
@@ -168,3 +174,48 @@ def test_an_orderly_stop_ends_streams_and_tells_of_captures(running: Service) ->
         head = curl.stdout.read()
     assert head[:4] == bytes.fromhex("0a0d0d0a")
     assert [body.reason for body in told(running)[2:]] == ["shutdown", "shutdown"]
+
+
+@needs_curl
+def test_a_file_goes_through_two_interfaces_into_another_namespace_and_comes_whole(
+    service: Service, tmp_path: Path
+) -> None:
+    """here: tun0 10.1.0.1 -> worker -> tun1 10.1.0.2: there, and back."""
+    there = f"tlfwd{service.port}{tmp_path.name[-6:]}".replace("_", "")[:30]
+    subprocess.run(["ip", "netns", "add", there], check=True)
+    try:
+        subprocess.run(["ip", "-n", there, "link", "set", "lo", "up"], check=True)
+        service.start()
+        for name, to, address, netns in (("tun0", "tun1", "10.1.0.1/24", None), ("tun1", "tun0", "10.1.0.2/24", there)):
+            chain = [{"processor": "inspect"}, {"processor": "forward", "to": to}]
+            spec = {"name": name, "addresses": [address], "netns": netns}
+            processing = {"running": True, "chain": chain}
+            assert service.call("POST", "/api/v1/interfaces", {**spec, "processing": processing})[0] == 201
+        folder = tmp_path / "files"
+        folder.mkdir()
+        octets = bytes(range(256)) * 40_000  # 10 MB
+        (folder / "x").write_bytes(octets)
+        command = ["ip", "netns", "exec", there, sys.executable, "-m", "http.server", "8000", "--bind", "10.1.0.2"]
+        with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+            try:
+                got = eventually(
+                    lambda: (
+                        subprocess.run(
+                            ["curl", "-sf", "--max-time", "60", "http://10.1.0.2:8000/x"],
+                            capture_output=True,
+                            check=False,
+                        ).stdout
+                    ),
+                    30,
+                    "the file",
+                )
+            finally:
+                server.terminate()
+        assert hashlib.sha256(got).digest() == hashlib.sha256(octets).digest()
+        flows = eventually(lambda: service.ok("GET", f"{BASE}/flows")["flows"], what="the flow")
+        assert (flows[0]["protocol"], flows[0]["second"]) == ("tcp", {"address": "10.1.0.2", "port": 8000})
+        assert flows[0]["returned"]["bytes"] > len(octets)
+        for name in ("tun0", "tun1"):
+            assert service.call("DELETE", f"/api/v1/interfaces/{name}")[0] == 200
+    finally:
+        subprocess.run(["ip", "netns", "delete", there], check=False)

@@ -198,7 +198,7 @@ async def test_only_so_many_captures_run_at_once(tmp_path: Path) -> None:
         first = await w.start()
         found = await asyncio.gather(w.start(), w.start(), return_exceptions=True)
         refused = [each for each in found if isinstance(each, TunledgerError)]
-        assert [each.code for each in refused] == [ErrorCode.OVERLOADED]
+        assert [each.code for each in refused] == [ErrorCode.TOO_MANY_CAPTURES]
         await w.captures.stop(first)
         await w.start()
 
