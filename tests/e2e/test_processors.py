@@ -1,4 +1,4 @@
-"""Processors of another package in a real service: found by their entry point, refused by name, told of when they crash."""
+"""Processors of another package in a real service: found by entry point, refused by name, told of when they crash."""
 
 import socket
 from pathlib import Path
