@@ -14,7 +14,7 @@ import structlog
 from service import failpoints
 from service.domain import events as ev
 from service.domain.errors import TunledgerError
-from service.domain.plan import differences, leave_be
+from service.domain.plan import Difference, differences, leave_be
 from service.domain.spec import Drift
 from service.domain.steps import StartProcessing
 from service.domain.values import InterfaceId
@@ -138,7 +138,7 @@ class Mending:
                 summary.processing_resumed.append(wanted.name)
             body = ev.DriftRepaired(interface_id=wanted.id, name=wanted.name, steps=steps, took_us=took_us)
             drafts = [self._journal.draft(stream, body)]
-            others = tuple(d for d in found.found if not d.path.endswith(".processing.running"))
+            others = tuple(d for d in found.found if not _of_processing(d, wanted.name))
             repairs = self._troubles.repaired(wanted.id, others, time.monotonic(), self._journal.now())
             if repairs:
                 log.warning("contested: repairs slow down", name=wanted.name, found="; ".join(map(str, others)))
@@ -178,9 +178,14 @@ def _own_part(result: Result, *, starting: bool, asked: bool) -> Result | None:
         return replace(result, wanted=replace(wanted, spec=None)) if let_go else None
     left = replace(wanted, spec=leave_be(wanted.spec, link))
     found = differences(wanted.token, wanted.name, left.spec, result.sight)
-    ours = tuple(d for d in found if d.path == f"{wanted.name}.processing.running")
+    ours = tuple(d for d in found if _of_processing(d, wanted.name))
     return replace(result, wanted=left, found=found) if found and ours == found else None
 
 
 def _starts(result: Result) -> bool:
     return any(isinstance(step, StartProcessing) for step in result.steps)
+
+
+def _of_processing(difference: Difference, name: str) -> bool:
+    """Whether a difference is between us and our own workers: nobody else can make one."""
+    return difference.path.startswith(f"{name}.processing.")

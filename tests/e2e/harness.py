@@ -44,6 +44,7 @@ class Service:
             "PATH": os.environ["PATH"],
             "TUNLEDGER_DATABASE__URL": f"sqlite:///{self.database}",
             "TUNLEDGER_SERVER__PORT": str(port),
+            "TUNLEDGER_DATAPLANE__WORKERS": "1",  # which of several has a device is no matter here
             **(settings or {}),
         }
         self.process: subprocess.Popen[bytes] | None = None
