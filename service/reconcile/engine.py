@@ -210,7 +210,9 @@ class Engine:
         Raises:
             TunledgerError: the refusal that would come.
         """
-        intents = decide(self._journal.state, submission, await self._survey(submission), self._journal.new_id)
+        async with self._locks.hold([cmd.target(command) for command in submission.commands]):
+            # What is under way on these interfaces is waited for, as the command itself would.
+            intents = decide(self._journal.state, submission, await self._survey(submission), self._journal.new_id)
         wanted = [self._finishing.wanted_by(intent) for intent in intents]
 
         def look_and_plan() -> list[tuple[InterfaceName, tuple[Difference, ...], tuple[Step, ...]]]:
