@@ -40,7 +40,8 @@ def measure_latency(programs: Programs, space: Namespace) -> None:
                 "addresses": ["10.60.0.1/16"],
                 "processing": {"running": True, "chain": CHAIN},
             }
-            service.ok("POST", "/api/v1/interfaces", body)
+            status, answer = service.call("POST", "/api/v1/interfaces", body)
+            assert status == 201, answer
             assert service.process is not None
             worker = worker_of(service.process.pid)
             os.sched_setaffinity(worker, {READER_CPU})

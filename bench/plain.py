@@ -3,6 +3,7 @@
 Run as a file, not as a module, so that it is a bare interpreter: `plain.py read FD` or `plain.py forward FD FD`.
 """
 
+import ctypes
 import os
 import select
 import sys
@@ -38,6 +39,7 @@ def forward(one: int, other: int) -> None:
 
 
 if __name__ == "__main__":
+    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: nobody is left behind
     if sys.argv[1] == "read":
         read(int(sys.argv[2]))
     else:

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from service.dataplane.work import Work
-
 from bench.lab import READER_CPU, Programs, running, worker_of
 from service.dataplane.supervisor import Supervisor, WorkerExit
+from service.dataplane.work import Work
 from service.domain.chain import parse_chain
 
 Devices = Mapping[str, int]

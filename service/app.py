@@ -22,7 +22,8 @@ import uuid_utils
 
 from service import __version__, failpoints
 from service.api import bodies
-from service.config import Config
+from service.config import WORKERS_MAX, Config
+from service.dataplane import registry
 from service.dataplane.supervisor import DataplaneError, Supervisor, WorkerExit
 from service.dataplane.work import Work
 from service.domain import commands as cmd
@@ -31,9 +32,9 @@ from service.domain.counters import Book, worker_reading
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.spec import Offloads, Processing
 from service.domain.steps import COUNT_ONLY
-from service.domain.values import CommandId, InterfaceId, NodeId
-from service.kernel.linux import LinuxKernel
+from service.domain.values import CommandId, InterfaceId, InterfaceName, NodeId
 from service.kernel.monitor import Monitor
+from service.kernel.namespaces import host_kernel
 from service.kernel.peer import Asker
 from service.plane import Plane, trim
 from service.reconcile.answer import Finished
@@ -218,6 +219,31 @@ def _work(processing: Processing, mtu: int) -> Work:
     return Work(processing.chain, mtu=mtu, vnet_hdr=offloads is Offloads.AUTO, offloads=offloads.value)
 
 
+def _crashed(death: WorkerExit) -> ev.ProcessorCrashed | None:
+    """What to record of the processor that a worker died of; None if it died of none, or of a tap of ours."""
+    crash = death.crash
+    if crash is None:
+        return None
+    return ev.ProcessorCrashed(
+        interface_id=InterfaceId(crash.device),
+        name=InterfaceName(crash.name),
+        worker=death.worker,
+        pid=death.pid,
+        stage=crash.stage,
+        processor=crash.processor,
+        status=death.status,
+        error=crash.error,
+        packet=crash.packet.hex(),
+        packet_bytes=crash.packet_bytes,
+        then=crash.then,
+    )
+
+
+def _workers(configured: int) -> int:
+    """How many worker processes: as configured, or one for each processor that this service may run on."""
+    return configured or min(len(os.sched_getaffinity(0)), WORKERS_MAX)
+
+
 class _Service:
     """Everything that runs, and the order in which it stops."""
 
@@ -249,15 +275,17 @@ class _Service:
                 for device, figures in death.counters.items()
             ]
             if engine is not None:
-                engine.worker_exited(death.worker, death.pid, death.status, last)
+                engine.worker_exited(death.worker, death.pid, death.status, last, _crashed(death))
 
         def on_device_lost(device: str, reason: str) -> None:
             log.warning("a device was lost", interface_id=device, reason=reason)
             if engine is not None:
                 loop.call_soon_threadsafe(engine.look_again)
 
+        processors = registry.discover()
         supervisor = Supervisor(
-            workers=self._config.dataplane.workers,
+            workers=_workers(self._config.dataplane.workers),
+            processors=processors,
             on_exit=on_exit,
             on_device_lost=on_device_lost,
             packet_log=_packet_log if self._logs_packets else None,
@@ -309,7 +337,7 @@ class _Service:
         )
         applier = Applier()
         monitor = Monitor(on_news, cares=is_wanted)
-        kernel = LinuxKernel(vouched=monitor.vouches)
+        kernel = host_kernel(vouched=monitor.vouches, attend=monitor.attend)
         engine = Engine(
             node=opened.node,
             state=opened.log.past.state,
@@ -325,6 +353,7 @@ class _Service:
             publish=publish,
             frozen=opened.frozen,
             obstacle=lacks_net_admin,
+            processors=processors,
             keeper=CounterKeeper(
                 interval_s=self._config.counters.interval_s,
                 raw_s=self._config.counters.raw_s,

@@ -32,6 +32,7 @@ TEST_PREFIX = "TUNLEDGER_TEST_"
 """Variables of the test suite: they set nothing and are no error."""
 
 FILE_LIMIT_BYTES = 1 << 20
+WORKERS_MAX = 64
 """A full configuration is under 1 KiB: 1 MiB tells a file from a device or a disk image named by mistake."""
 
 Value = str | int | float
@@ -109,7 +110,7 @@ class ReconcileSection(Section, frozen=True):
 class DataplaneSection(Section, frozen=True):
     """How many worker processes share the packets, and where captures go: beside the database if it is empty."""
 
-    workers: int = 1
+    workers: int = 0
     capture_directory: str = ""
 
 
@@ -310,7 +311,12 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting("shutdown.timeout_s", Number(1, 600), "s", "longest that an orderly stop may take"),
     Setting("reconcile.interval_s", Number(1, 3600), "s", "time between two comparisons that no event asked for"),
-    Setting("dataplane.workers", Whole((1, 64)), "", "worker processes that share the packets"),
+    Setting(
+        "dataplane.workers",
+        Whole((0, WORKERS_MAX)),
+        "",
+        "worker processes that share the packets; 0: one for each processor",
+    ),
     Setting("dataplane.capture_directory", Text(), "", "where captures are written; empty: `captures` beside the log"),
 )
 """Every setting, in the order of the file."""

@@ -1,12 +1,14 @@
 /*
  * capture FD FILE
  *
- * Reads packets off a TUN and writes them to FILE as pcap with nanoseconds, until it is killed.
+ * Reads packets off a TUN and writes them to FILE as pcap with nanoseconds, until it is killed or FILE has 1 GB.
  */
 #include <poll.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/prctl.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -14,6 +16,7 @@ static unsigned char packet[65536];
 
 int main(int words, char **word)
 {
+    prctl(PR_SET_PDEATHSIG, SIGKILL); /* nobody is left behind by a benchmark that was killed */
     if (words != 3)
         return 2;
     struct pollfd device = {.fd = atoi(word[1]), .events = POLLIN};
@@ -23,8 +26,8 @@ int main(int words, char **word)
     setvbuf(file, NULL, _IOFBF, 1 << 18);
     const uint32_t head[6] = {0xa1b23c4d, 4 << 16 | 2, 0, 0, sizeof packet, 101}; /* pcap-savefile(5), LINKTYPE_RAW */
     fwrite(head, sizeof head, 1, file);
-    while (poll(&device, 1, -1) > 0)
-        for (;;) {
+    while (poll(&device, 1, -1) > 0 && ftell(file) < 1 << 30)
+        for (int at = 0; at < 1 << 16; at++) {
             ssize_t length = read(device.fd, packet, sizeof packet);
             if (length <= 0)
                 break;

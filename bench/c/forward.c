@@ -4,7 +4,9 @@
  * Reads packets off either TUN and writes them to the other as they are, virtio_net_hdr and all, until it is killed.
  */
 #include <poll.h>
+#include <signal.h>
 #include <stdlib.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 enum { BATCH = 64 };
@@ -13,6 +15,7 @@ static unsigned char buffer[65536 + 64];
 
 int main(int words, char **word)
 {
+    prctl(PR_SET_PDEATHSIG, SIGKILL); /* nobody is left behind by a benchmark that was killed */
     if (words != 3)
         return 2;
     struct pollfd ends[2] = {{.fd = atoi(word[1]), .events = POLLIN}, {.fd = atoi(word[2]), .events = POLLIN}};

@@ -336,7 +336,7 @@ def _changed(schema: Schema, description: str) -> Answer:
 _CREATED: Final = Answer(schema=ref("Interface"), description="it was made", headers=_RESOURCE, links=_TO_INTERFACE)
 _PREVIEW: Final = Answer(schema=ref("Preview"), description="with `dry_run`: what would be done")
 _V1_QUERY: Final = ("DryRun", "ConfirmWithinS")
-_SPEC_CODES: Final = (*_BODY, _E.SUBNET_OVERLAP, _E.NAME_TAKEN)
+_SPEC_CODES: Final = (*_BODY, _E.SUBNET_OVERLAP, _E.NAME_TAKEN, _E.NETNS_MISSING)
 _HISTORY_PARAMETERS: Final = (
     _query("id", "only of this incarnation", text(format="uuid")),
     _query("before", "only entries before this position", integer(minimum=1, maximum=POSITION_MAX)),

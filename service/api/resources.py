@@ -122,6 +122,8 @@ def of_engine(
 def step_json(step: st.Step) -> dict[str, Any]:
     """A step with its parts: {"step": "SetMtu", "ip": "ip link set tun0 mtu 1400", "name": "tun0", "mtu": 1400}."""
     parts = {field.name: _plain(getattr(step, field.name)) for field in fields(step)}
+    if parts.get("netns", "") is None:  # as good as all are in the service's own
+        del parts["netns"]
     return {"step": type(step).__name__, "ip": str(step), **parts}
 
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,9 +13,11 @@ import sqlalchemy as sa
 from service.cli.client import CallError, Client, url_of
 from service.config import Config
 from service.domain.errors import ErrorCode, TunledgerError
+from service.domain.state import Interface
+from service.domain.values import InterfaceId
 from service.kernel import tundev
 from service.kernel.errnos import no_device_node
-from service.kernel.linux import LinuxKernel
+from service.kernel.namespaces import RunNetns, host_kernel
 from service.store import database
 from service.store.reader import LogReader
 
@@ -35,12 +38,15 @@ class Finding:
 def examine(config: Config) -> list[Finding]:
     """All checks, in the order in which a start would meet them."""
     service = _service(config)
+    log = _database(config, serving="tunledger" in service.found)
+    node, declared = _declared(config)
     return [
         _capability(),
         _device_node(),
         service,
-        *_database(config, serving="tunledger" in service.found),
-        _leftovers(config),
+        *log,
+        *_namespaces(declared),
+        _leftovers(node, declared),
     ]
 
 
@@ -125,30 +131,49 @@ def _database(config: Config, *, serving: bool) -> list[Finding]:
     return found
 
 
-def _leftovers(config: Config) -> Finding:
-    """Interfaces with our mark that no log of this host declares, and so nothing will ever remove."""
-    kernel = LinuxKernel()
+def _declared(config: Config) -> tuple[str, dict[InterfaceId, Interface]]:
+    """The log's node and the interfaces that it declares; none, if it cannot be read."""
     try:
-        links = [link for link in kernel.sample() if link.token is not None]
+        reader = LogReader(config.database.path)
+        try:
+            return reader.node(), reader.verify().state.interfaces
+        finally:
+            reader.close()
+    except (TunledgerError, sa.exc.SQLAlchemyError, OSError):
+        return "", {}
+
+
+def _namespaces(declared: Mapping[InterfaceId, Interface]) -> list[Finding]:
+    """Whether the network namespaces that interfaces live in are there, and may be entered."""
+    wanted = sorted({each.netns for each in declared.values() if each.netns is not None})
+    host = RunNetns()
+    found = []
+    for netns in wanted:
+        try:
+            with host.entered(netns) as kernel:
+                kernel.observe([])
+        except TunledgerError as error:
+            mend = f"ip netns add {netns}"
+            if error.code is ErrorCode.PERMISSION_DENIED:
+                mend = "run as root, or give the unit AmbientCapabilities=CAP_NET_ADMIN CAP_SYS_ADMIN"
+            found.append(Finding("namespaces", "FAIL", error.message, mend))
+    if wanted and not found:
+        found.append(Finding("namespaces", "ok", f"{', '.join(wanted)}: there, and may be entered"))
+    return found
+
+
+def _leftovers(node: str, declared: Container[InterfaceId]) -> Finding:
+    """Interfaces with our mark that no log of this host declares, and so nothing will ever remove."""
+    kernel = host_kernel()
+    try:
+        links = [link for link in kernel.observe().links.values() if link.token is not None]
     except TunledgerError as error:
         return Finding("interfaces", "FAIL", error.message)
     finally:
         kernel.close()
-    path = config.database.path
-    declared: set[str] = set()
-    node = ""
-    try:
-        reader = LogReader(path)
-        try:
-            node = reader.node()
-            declared = set(reader.verify().state.interfaces)
-        finally:
-            reader.close()
-    except (TunledgerError, sa.exc.SQLAlchemyError, OSError):
-        node = ""
-    foreign = [link.name for link in links if link.token is not None and link.token.node != node]
+    foreign = [link.key for link in links if link.token is not None and link.token.node != node]
     orphans = [
-        link.name
+        link.key
         for link in links
         if link.token is not None and link.token.node == node and link.token.interface_id not in declared
     ]

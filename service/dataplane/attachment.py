@@ -78,6 +78,8 @@ class Attachment:
     stages: list[Held | None] = field(default_factory=list)
     """By place in the chain; None: bypassed."""
     taps: list[Held] = field(default_factory=list)
+    coming: tuple[Work, Sequence[Held]] | None = None
+    """What the worker is being told right now: it may have it, and die of it, before it answers."""
     before: layout.SlotFigures = field(default_factory=lambda: layout.SlotFigures({}, {}, {}))
     """What earlier workers counted in this session."""
 
@@ -124,11 +126,13 @@ class Attachment:
             found.append(StageStatus(stage["processor"], False, into, out, figures))
         return found
 
-    def by_area(self, area: int) -> tuple[int, Held] | None:
-        """The place in the chain (below 0: a tap) and the stage that has this area."""
-        for place, held in [*((-1, tap) for tap in self.taps), *enumerate(self.stages)]:
-            if held is not None and held.setup.area == area:
-                return place, held
+    def by_area(self, area: int) -> tuple[Work, Held] | None:
+        """The stage that has this area, and what it is part of."""
+        present = (self.work, [held for held in (*self.taps, *self.stages) if held is not None])
+        for work, stages in (present, self.coming or present):
+            for held in stages:
+                if held.setup.area == area:
+                    return work, held
         return None
 
 

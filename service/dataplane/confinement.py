@@ -9,6 +9,8 @@ import resource
 import signal
 from typing import Final
 
+from service.dataplane import syscalls
+
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 _PR_SET_NAME: Final = 15
 _PR_SET_NO_NEW_PRIVS: Final = 38
@@ -19,10 +21,11 @@ def confine(index: int, parent_pid: int) -> None:
     """Give up what a reader of packets does not need, and tie this process's life to its parent's.
 
     No capability and no way to get one (reading an open TUN needs none), no signals meant for the service (systemd
-    sends SIGTERM to the whole group, and the service still needs its workers to stop in order), as
-    many open files as allowed. Exits at once if the parent has already died, since PDEATHSIG would then never
-    come. Raises OSError if the kernel refuses. Sources: prctl(2), capset(2); credentials come first, because
-    changing them may clear PDEATHSIG (kernel/cred.c, commit_creds).
+    sends SIGTERM to the whole group, and the service still needs its workers to stop in order), as many open files as
+    allowed, and last, where this machine has the means, no system call that could open anything (`syscalls`). Exits at
+    once if the parent has already died, since PDEATHSIG would then never come. Raises OSError if the kernel refuses.
+    Sources: prctl(2), capset(2); credentials come first, because changing them may clear PDEATHSIG (kernel/cred.c,
+    commit_creds).
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -38,6 +41,8 @@ def confine(index: int, parent_pid: int) -> None:
     _prctl(libc, _PR_SET_PDEATHSIG, int(signal.SIGKILL))
     if os.getppid() != parent_pid:
         os._exit(0)
+    if syscalls.available():
+        syscalls.refuse_others(libc)
 
 
 def _prctl(libc: ctypes.CDLL, option: int, argument: int | bytes) -> None:

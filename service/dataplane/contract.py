@@ -26,7 +26,10 @@ stage's `on_crash` says.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol
+
+if TYPE_CHECKING:
+    from service.packet.flowkey import Entry
 
 Mode = Literal["tun", "tap"]
 Direction = Literal["from_kernel", "to_kernel"]
@@ -98,7 +101,7 @@ class Batch:
         time_ns: when the batch was read, nanoseconds since the epoch.
     """
 
-    __slots__ = ("_answer", "_drop", "at", "direction", "headers", "interface", "mode", "packets", "time_ns")
+    __slots__ = ("_answer", "_drop", "at", "direction", "entries", "headers", "interface", "mode", "packets", "time_ns")
 
     interface: str
     mode: Mode
@@ -106,6 +109,9 @@ class Batch:
     packets: list[Packet]
     headers: list[Packet] | None
     time_ns: int
+    entries: "list[Entry] | None"
+    """What the worker found when it counted the packets, one for each (`service.packet.flowkey`), for processors of
+    ours; None where it has not looked, or a packet was replaced since."""
     at: int
     """Which packet an iteration over the batch is at: what a crash is told with."""
 
@@ -133,6 +139,9 @@ class Batch:
         if self.headers is not None:
             headers = self.headers
             self.headers = [headers[index] for index in indexes]
+        entries = getattr(self, "entries", None)  # a batch made by hand may have none
+        if entries is not None:
+            self.entries = [entries[index] for index in indexes]
 
     def drop(self, reason: str) -> None:
         """Drop all that is left, counted by `reason`."""
@@ -143,6 +152,7 @@ class Batch:
         self.packets[index] = memoryview(packet)
         if self.headers is not None:
             self.headers[index] = NO_OFFLOAD
+        self.entries = None
 
     def answer(self, packet: bytes | bytearray | memoryview) -> bool:
         """Write a packet, whole and with all its checksums, to the kernel through the device the batch came from.

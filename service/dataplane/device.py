@@ -14,18 +14,20 @@ import fcntl
 import io
 import os
 import select
-import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Final
 
 from service.dataplane.blackbox import AREA, COUNT, INDEX, OFFSET, SERIAL, BlackBox
-from service.dataplane.contract import BATCH_MAX, DROP_REASONS, NO_OFFLOAD, Batch, Direction, DropReason, Mode, Packet
+from service.dataplane.contract import BATCH_MAX, DROP_REASONS, NO_OFFLOAD, Batch, DropReason, Mode, Packet
+from service.dataplane.device_batch import DeviceBatch
 from service.dataplane.layout import DIRECTION_WORDS, DROPS_AT, CounterWriter
+from service.dataplane.segments import is_plain, plain
 from service.dataplane.stages import Chain, run
 from service.dataplane.work import Setup
-from service.packet.classify import classify, classify_frame
+from service.packet.flowkey import Entry, Meter
 
 if TYPE_CHECKING:
     from service.dataplane.packet_lines import PacketLines
@@ -36,7 +38,9 @@ HEADER_BYTES: Final = 10
 """struct virtio_net_hdr (linux/virtio_net.h), as TUNSETVNETHDRSZ is left."""
 
 BATCH_BYTES: Final = 256 * 1024
-"""With large segments a batch ends here: what is read has to be in the processor's cache still when it is written."""
+"""With large segments a batch ends about here: what is read has to be in the cache still when it is written."""
+
+BATCH_MIN: Final = 4
 
 NESTED_MAX: Final = 8
 """Devices that one packet may be sent through before it is taken to go round."""
@@ -50,41 +54,6 @@ _FOR_ALL: Final = frozenset({DropReason.OUTPUT_DOWN, DropReason.NO_OUTPUT})
 
 Drop = Callable[[str, int], None]
 Wire = bytes | bytearray | memoryview
-
-
-class DeviceBatch(Batch):
-    """A batch that knows which buffer each packet came in, so that a crash can be told with the packet."""
-
-    __slots__ = ("_box", "_places")
-
-    def __init__(
-        self, device: "Device", direction: Direction, packets: list[Packet], headers: list[Packet] | None, time_ns: int
-    ) -> None:
-        self.interface = device.name
-        self.mode = device.mode
-        self.direction = direction
-        self.packets = packets
-        self.headers = headers
-        self.time_ns = time_ns
-        self.at = 0
-        self._drop = device.drop
-        self._answer = device.answer
-        self._box = device.box.words
-        self._places: list[int] | None = None
-
-    def __iter__(self) -> Iterator[Packet]:
-        """The packets one by one, the black box knowing which."""
-        box, places = self._box, self._places
-        for at, packet in enumerate(self.packets):
-            self.at = at
-            box[INDEX] = at if places is None else places[at]
-            yield packet
-
-    def take(self, indexes: Sequence[int]) -> None:
-        """See `Batch.take`."""
-        places = self._places
-        self._places = list(indexes) if places is None else [places[index] for index in indexes]
-        super().take(indexes)
 
 
 class Port:
@@ -103,10 +72,11 @@ class Port:
 
     def send(self, batch: Batch, indexes: Sequence[int] | None = None) -> int:
         """See `contract.Output.send`."""
-        packets, headers = batch.packets, batch.headers
+        packets, headers, entries = batch.packets, batch.headers, batch.entries
         if indexes is not None:
             packets = [packets[index] for index in indexes]
             headers = None if headers is None else [headers[index] for index in indexes]
+            entries = None if entries is None else [entries[index] for index in indexes]
         device = self.device
         if device is None:
             batch._drop(DropReason.NO_OUTPUT, len(packets))  # the batch's other half
@@ -114,13 +84,14 @@ class Port:
         if device.mode != batch.mode:
             batch._drop(DropReason.MODE, len(packets))
             return 0
-        return device.send(packets, headers, batch._drop)
+        return device.send(packets, headers, entries, batch._drop)
 
 
 class Ports:
     """The outputs of a worker's devices by name, as long as somebody holds them."""
 
     def __init__(self) -> None:
+        self.meters: Final[Mapping[Mode, Meter]] = {"tun": Meter("tun"), "tap": Meter("tap")}
         self._ports: weakref.WeakValueDictionary[str, Port] = weakref.WeakValueDictionary()
         self._devices: dict[str, Device] = {}
 
@@ -184,12 +155,14 @@ class Device:
         self.chain = Chain()
         self.up = True
         """Whether it took the last packet that was written to it, or has come up since."""
-        self._classify: Final[Callable[[Any, int], int]] = classify if setup.mode == "tun" else classify_frame
+        self._look: Final = ports.meters[setup.mode].look
         self._counters: Final = counters
         self._start: Final = counters.clear(slot)
         self._words: Final = counters.words
         self._drops_at: Final = self._start + DROPS_AT
         self._nested = 0
+        self._buffers = box.buffers
+        """What a batch is read into."""
         if setup.vnet_hdr:
             self._headers: Final = [buffer[:HEADER_BYTES] for buffer in box.buffers]
             self._bodies: Final = [buffer[HEADER_BYTES:] for buffer in box.buffers]
@@ -218,29 +191,14 @@ class Device:
         lengths: list[int] = []
         error = 0
         read = self.file.readinto
-        buffers = self.box.buffers
+        buffers = self._buffers
         try:
             # readinto is one read(2), and says None instead of raising when there is nothing to read.
-            if self.vnet_hdr:
-                room = BATCH_BYTES
-                for buffer in buffers:
-                    length = read(buffer)
-                    if not length:
-                        break
-                    lengths.append(length)
-                    room -= length
-                    if room < 0:
-                        break
-                else:
-                    length = 1
-            elif self.chain.from_kernel or self._lines is not None:
-                lengths.extend(takewhile(bool, map(read, buffers)))
-            else:
-                return self._count(events)
+            lengths.extend(takewhile(bool, map(read, buffers)))
         except OSError as failure:
             error = failure.errno or errno.EIO
         else:
-            if len(lengths) < BATCH_MAX and events & (select.EPOLLERR | select.EPOLLHUP):
+            if len(lengths) < len(buffers) and events & (select.EPOLLERR | select.EPOLLHUP):
                 error = self._ended()
         if lengths:
             self._hand_through(lengths)
@@ -256,45 +214,6 @@ class Device:
             return errno.ENODEV  # being unregistered (tun.c, tun_chr_poll)
         return errno.EPIPE if length == 0 else 0  # the end of a socket; a TUN has none
 
-    def _count(self, events: int) -> int:
-        """As `drain`, where there is nothing to do but to count."""
-        read = self.file.readinto
-        kind_of = self._classify
-        buffer = self.box.buffers[0]
-        words = self._words
-        start = self._start
-        error = total = 0
-        # Packets of one class come in runs: add a run at once, not each packet.
-        run_class = run_packets = run_bytes = 0
-        for _ in range(BATCH_MAX):
-            try:
-                length = read(buffer)
-            except OSError as failure:
-                error = failure.errno or errno.EIO
-                break
-            if not length:
-                if length is not None:
-                    error = errno.EPIPE
-                elif events & (select.EPOLLERR | select.EPOLLHUP):
-                    error = errno.ENODEV
-                break
-            kind = kind_of(buffer, length)
-            if kind != run_class:
-                at = start + 2 * run_class
-                words[at] += run_packets
-                words[at + 1] += run_bytes
-                total += run_packets
-                run_class = kind
-                run_packets = run_bytes = 0
-            run_packets += 1
-            run_bytes += length
-        if run_packets:
-            at = start + 2 * run_class
-            words[at] += run_packets
-            words[at + 1] += run_bytes
-            words[self._drops_at + _END_OF_CHAIN] += total + run_packets
-        return error
-
     def _hand_through(self, lengths: list[int]) -> None:
         box = self.box
         count = len(lengths)
@@ -302,10 +221,12 @@ class Device:
             lengths = [max(0, length - HEADER_BYTES) for length in lengths]
             packets = [body[:length] for body, length in zip(self._bodies, lengths, strict=False)]
             headers: list[Packet] | None = self._headers[:count]
+            self._fit(sum(lengths), count)
         else:
             packets = [buffer[:length] for buffer, length in zip(box.buffers, lengths, strict=False)]
             headers = None
-        self._add(self._start, packets)
+        entries = self._look(packets)
+        self._add(self._start, entries, lengths)
         if self._lines is not None:
             for packet in packets:
                 self._lines.packet(self.name, self.mode, packet, len(packet))
@@ -313,14 +234,13 @@ class Device:
         if not chain:
             self._words[self._drops_at + _END_OF_CHAIN] += count
             return
-        for index, length in enumerate(lengths):
-            box.lengths[index] = length
+        box.lengths[:count] = array("I", lengths)
         box_words = box.words
         box_words[SERIAL] = self.serial
         box_words[INDEX] = 0
         box_words[OFFSET] = HEADER_BYTES if self.vnet_hdr else 0
         box_words[COUNT] = count
-        batch = DeviceBatch(self, "from_kernel", packets, headers, time.time_ns())
+        batch = DeviceBatch(self, "from_kernel", packets, headers, entries)
         try:
             run(chain, batch, self._words, box_words)
         except BaseException as error:
@@ -331,17 +251,25 @@ class Device:
         if left:
             self._words[self._drops_at + _END_OF_CHAIN] += left
 
+    def _fit(self, octets: int, count: int) -> None:
+        """Have the next batch end at about `BATCH_BYTES`, if its packets are as large as those of this one."""
+        most = len(self._buffers)
+        if octets > BATCH_BYTES and most > BATCH_MIN:
+            self._buffers = self.box.buffers[: most // 2]
+        elif most < BATCH_MAX and count == most and octets < BATCH_BYTES // 2:
+            self._buffers = self.box.buffers[: most * 2]
+
     # -- out
 
     def answer(self, packet: Wire) -> bool:
         """See `Batch.answer`."""
-        return self.send([memoryview(packet)], None, self.drop) == 1
+        return self.send([memoryview(packet)], None, None, self.drop) == 1
 
     def drop(self, reason: str, count: int) -> None:
         """Count packets that end here."""
         self._words[self._drops_at + _REASON.get(reason, _CUSTOM)] += count
 
-    def send(self, packets: list[Packet], headers: list[Packet] | None, drop: Drop) -> int:
+    def send(self, packets: list[Packet], headers: list[Packet] | None, entries: list[Entry] | None, drop: Drop) -> int:
         """Write packets into the device, through the to_kernel stages; return how many it took.
 
         What the kernel refuses is counted by `drop`, what a stage drops at this device. Raises what a processor
@@ -351,17 +279,17 @@ class Device:
             if self._nested == NESTED_MAX:
                 drop(DropReason.OUTPUT_REFUSED, len(packets))
                 return 0
-            batch = DeviceBatch(self, "to_kernel", packets, headers, time.time_ns())
+            batch = DeviceBatch(self, "to_kernel", packets, headers, entries)
             self._run_nested(batch)
-            packets, headers = batch.packets, batch.headers
+            packets, headers, entries = batch.packets, batch.headers, batch.entries
         if not packets:
             return 0
-        return self._emit(packets, headers, drop)
+        return self._emit(packets, headers, entries, drop)
 
     def _run_nested(self, batch: DeviceBatch) -> None:
         """The to_kernel stages, in the middle of another device's stage."""
         box = self.box.words
-        serial, area, count = box[SERIAL], box[AREA], box[COUNT]
+        serial, area, count, index = box[SERIAL], box[AREA], box[COUNT], box[INDEX]
         box[SERIAL] = self.serial
         box[COUNT] = 0  # the packets may be no buffers' of ours
         self._nested += 1
@@ -371,9 +299,16 @@ class Device:
             self.box.note(error, batch.packets[batch.at] if batch.at < len(batch.packets) else None)
             raise
         self._nested -= 1
-        box[SERIAL], box[AREA], box[COUNT] = serial, area, count
+        box[SERIAL], box[AREA], box[COUNT], box[INDEX] = serial, area, count, index
 
-    def _emit(self, packets: list[Packet], headers: list[Packet] | None, drop: Drop) -> int:
+    def _emit(
+        self, packets: list[Packet], headers: list[Packet] | None, entries: list[Entry] | None, drop: Drop
+    ) -> int:
+        if headers is not None and not self.vnet_hdr and not is_plain(headers):
+            packets, _ = plain(packets, headers, self.mode, drop)
+            headers = entries = None
+            if not packets:
+                return 0
         write: Callable[[Any], int | None]
         wires: Sequence[Any]
         if self.vnet_hdr:
@@ -405,9 +340,11 @@ class Device:
         if refused:
             out = set(refused)
             packets = [packet for index, packet in enumerate(packets) if index not in out]
+            if entries is not None:
+                entries = [entry for index, entry in enumerate(entries) if index not in out]
         if packets:
             self.up = True
-        self._add(self._start + DIRECTION_WORDS, packets)
+            self._add(self._start + DIRECTION_WORDS, entries or self._look(packets), list(map(len, packets)))
         return len(packets)
 
     def _why(self, failure: OSError) -> str:
@@ -430,22 +367,28 @@ class Device:
         poll.register(self.fd, select.POLLOUT)
         self.up = any(events & select.POLLOUT for _, events in poll.poll(0))
 
-    def _add(self, start: int, packets: list[Packet]) -> None:
+    def _add(self, start: int, entries: list[Entry], lengths: list[int]) -> None:
         """Count packets by class, runs at once."""
         words = self._words
-        kind_of = self._classify
-        run_class = run_packets = run_bytes = 0
-        for packet in packets:
-            length = len(packet)
-            kind = kind_of(packet, length)
-            if kind != run_class:
-                at = start + 2 * run_class
+        first = entries[0]
+        count = len(entries)
+        if entries.count(first) == count:  # by identity: mostly it is one flow
+            at = start + 2 * first.kind
+            words[at] += count
+            words[at + 1] += sum(lengths)
+            return
+        run_kind = first.kind
+        run_packets = run_bytes = 0
+        for entry, length in zip(entries, lengths, strict=True):
+            kind = entry.kind
+            if kind != run_kind:
+                at = start + 2 * run_kind
                 words[at] += run_packets
                 words[at + 1] += run_bytes
-                run_class = kind
+                run_kind = kind
                 run_packets = run_bytes = 0
             run_packets += 1
             run_bytes += length
-        at = start + 2 * run_class
+        at = start + 2 * run_kind
         words[at] += run_packets
         words[at + 1] += run_bytes

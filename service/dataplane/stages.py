@@ -5,12 +5,15 @@ A stage is a processor's object with its place in shared memory. Nothing here re
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from service.dataplane.blackbox import AREA, BlackBox
-from service.dataplane.contract import Batch, Mode, Output, Processor
+from service.dataplane.contract import Mode, Output, Processor
 from service.dataplane.registry import Registry, UnknownProcessorError
 from service.dataplane.work import Setup, StageSetup, options
+
+if TYPE_CHECKING:
+    from service.dataplane.device_batch import DeviceBatch
 
 
 class RefusedError(Exception):
@@ -180,7 +183,7 @@ def feed(stage: Stage, fd: int) -> bool:
     return True
 
 
-def run(stages: Sequence[Stage], batch: Batch, words: memoryview, box: memoryview) -> None:
+def run(stages: Sequence[Stage], batch: "DeviceBatch", words: memoryview, box: memoryview) -> None:
     """Hand `batch` through `stages`; what is left in it afterwards came out of the last.
 
     Raises what a processor raises, with its area left in the black box.
@@ -190,6 +193,8 @@ def run(stages: Sequence[Stage], batch: Batch, words: memoryview, box: memoryvie
         at = stage.at
         words[at] += len(batch.packets)
         batch.at = 0
+        if stage.cuts and batch.headers is not None:
+            batch.make_plain()
         stage.process(batch)
         left = len(batch.packets)
         if not left:

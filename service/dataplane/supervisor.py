@@ -40,6 +40,7 @@ from typing import Any, Final
 import structlog
 
 from service import failpoints
+from service.dataplane import syscalls
 from service.dataplane.attachment import Attachment, Busy, DeviceCounters, Held, StageStatus
 from service.dataplane.contract import Mode
 from service.dataplane.crashes import Crash, Crashes
@@ -219,6 +220,8 @@ class Supervisor:
             self._epoll = select.epoll()
             self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._epoll.register(self._wake, select.EPOLLIN)
+        if not syscalls.available():
+            self._log.warning("workers are not kept from opening files: this machine's system calls are not filtered")
         if self._packet_log is not None:
             self._line_reader = LineReader(self._packet_log)
         self._watcher = threading.Thread(target=self._watch, name="dataplane-watcher", daemon=True)
@@ -613,6 +616,8 @@ class Supervisor:
         try:
             setup = _setup(attachment, attachment.work, stages, [])
             failpoints.reach("dataplane.hand_over.before", fails=True)
+            with self._lock:
+                attachment.coming = attachment.work, [stage for stage in stages if stage is not None]
             body = written(setup)
             files.append(body)
             reply, _ = self._ask(attachment, request, deadline, [fd, body, *files[:-1]])
@@ -627,7 +632,7 @@ class Supervisor:
         with self._lock:
             if self._attachments.get(attachment.device) is not attachment:
                 raise DataplaneError("worker_gone", f"{_where(attachment)} died", retry=True)
-            attachment.stages = stages
+            attachment.stages, attachment.coming = stages, None
             attachment.name_figures(json.loads(reply.text))
             attachment.confirmed = True
             attachment.busy = then
@@ -652,6 +657,8 @@ class Supervisor:
             old = [held for held in attachment.stages if held is not None]
         stages, files = self._stages(attachment, work, old)
         try:
+            with self._lock:
+                attachment.coming = work, [stage for stage in (*taps, *stages) if stage is not None]
             body = written(_setup(attachment, work, stages, taps))
             files.append(body)
             reply, _ = self._ask(attachment, request, deadline, [body, *files_of_tap, *files[:-1]])
@@ -667,7 +674,7 @@ class Supervisor:
                 raise DataplaneError("worker_gone", f"{_where(attachment)} died", retry=True)
             if work.chain != attachment.work.chain:
                 self._crashes.forget(attachment.device)
-            attachment.stages, attachment.taps, attachment.work = stages, list(taps), work
+            attachment.stages, attachment.taps, attachment.work, attachment.coming = stages, list(taps), work, None
             attachment.name_figures(json.loads(reply.text))
             self._poke()
 
@@ -945,18 +952,15 @@ class Supervisor:
         if remains is None or (status == "signal SIGKILL" and not worker.stuck):
             return None
         held = next(
-            (
-                held
-                for held in self._attachments.values()
-                if held.worker is worker and held.serial == remains.serial and held.confirmed
-            ),
+            (held for held in self._attachments.values() if held.worker is worker and held.serial == remains.serial),
             None,
         )
         found = held.by_area(remains.area) if held is not None else None
         if held is None or found is None:
             return None
-        place, stage = found
-        then = self._crashes.crashed(held.device, held.work.chain, place, time.monotonic())
+        work, stage = found
+        place = stage.setup.place
+        then = self._crashes.crashed(held.device, work.chain, place, time.monotonic())
         error = f"it did not come to an end for {STUCK_S:g} s" if worker.stuck else remains.error
         return Crash(
             held.device,

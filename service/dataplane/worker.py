@@ -331,11 +331,12 @@ def main(arguments: Sequence[str]) -> int:
     sys.path += folders
     registry = Registry(custom)
     lines = _open_lines(lines_fd, packets_per_s) if lines_fd >= 0 else None
-    # Everything is imported by now: without capabilities, other people's files may be out of reach.
-    confine(index, parent_pid)
     with socket.socket(fileno=control_fd) as control:
         control.setblocking(False)
-        Worker(control, counters, box, notice_fd, lines, registry).run()
+        worker = Worker(control, counters, box, notice_fd, lines, registry)
+        # Everything is imported and open by now: from here on nothing else will be.
+        confine(index, parent_pid)
+        worker.run()
     return 0
 
 

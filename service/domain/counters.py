@@ -91,10 +91,13 @@ class Book:
             self._lives.pop((interface_id, source), None)
 
 
-def kernel_reading(interface_id: InterfaceId, boot_id: str, ifindex: int, counters: LinkCounters) -> Reading:
+def kernel_reading(
+    interface_id: InterfaceId, boot_id: str, ifindex: int, counters: LinkCounters, netns: str | None = None
+) -> Reading:
     """The kernel's counters of a link, keyed by its incarnation."""
     raw = {name: getattr(counters, name) for name in LinkCounters.__slots__}
-    return Reading(interface_id, Source.KERNEL, f"{boot_id}/{ifindex}", raw)
+    inside = "" if netns is None else f"/{netns}"
+    return Reading(interface_id, Source.KERNEL, f"{boot_id}{inside}/{ifindex}", raw)
 
 
 def worker_reading(

@@ -3,15 +3,16 @@
 Pure: refusing costs nothing and changes nothing. What the kernel may still refuse is not guessed here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, assert_never
 
 import msgspec
 
 from service.domain import commands as cmd
 from service.domain import events as ev
+from service.domain.chain import BUILT_IN, custom
 from service.domain.errors import ErrorCode, TunledgerError, invalid
-from service.domain.observed import Host
+from service.domain.observed import Host, link_key
 from service.domain.spec import InterfaceSpec, changes, check, parse_spec, spec_to_json
 from service.domain.state import Interface, State, Unconfirmed
 from service.domain.values import Address, InterfaceId, InterfaceName, check_host_address, parse_prefixlen
@@ -27,7 +28,8 @@ def decide(state: State, submission: cmd.Submission, host: Host, new_id: Callabl
     Raises:
         TunledgerError: why they are refused, all of them: invalid_field, subnet_overlap, interface_exists,
             name_taken, no_interface, already_running, not_running, precondition_failed, needs_recreate,
-            awaiting_confirmation. Of several, the field says which one: "commands.2.mtu".
+            awaiting_confirmation, netns_missing, permission_denied. Of several, the field says which one:
+            "commands.2.mtu".
     """
     many = len(submission.commands) > 1
     seen: set[InterfaceName] = set()
@@ -103,6 +105,28 @@ def intended(intent: ev.Intent, interface: Interface | None) -> InterfaceSpec | 
             return None
         case _:
             assert_never(intent)
+
+
+def refuse_unknown_processors(state: State, intents: Sequence[ev.Intent], known: Collection[str]) -> None:
+    """Refuse intents whose chains name processors of other packages that are not installed here.
+
+    One that an interface has already may stay: its package went after it was accepted, and everything else about the
+    interface can still be changed.
+
+    Raises:
+        TunledgerError: invalid_field.
+    """
+    for number, intent in enumerate(intents):
+        if not isinstance(intent, ev.InterfaceDeclared | ev.InterfaceReconfigured):
+            continue
+        present = state.find(intent.spec.name)
+        had = present.spec.processing.chain if present is not None and present.spec is not None else ()
+        for name in sorted(custom(intent.spec.processing.chain) - custom(had) - set(known)):
+            place = next(i for i, stage in enumerate(intent.spec.processing.chain) if stage["processor"] == name)
+            at = f"processing.chain.{place}.processor"
+            names = ", ".join([*BUILT_IN, *sorted(known)])
+            field = at if len(intents) == 1 else f"commands.{number}.{at}"
+            raise invalid(field, name, f"is no processor here; known: {names}")
 
 
 def confirm(state: State, command_id: str, request: cmd.Request) -> list[ev.ChangeConfirmed]:
@@ -227,7 +251,8 @@ def _existing(state: State, name: InterfaceName) -> tuple[Interface, InterfaceSp
 def _declare(
     spec: InterfaceSpec, request: cmd.Request, host: Host, new_id: Callable[[], str], *, allow_overlap: bool
 ) -> ev.InterfaceDeclared:
-    if spec.name in host.occupants:
+    _refuse_closed(spec, host)
+    if link_key(spec.netns, spec.name) in host.occupants:
         raise name_taken(spec.name)
     if not allow_overlap:
         _refuse_overlap(spec.addresses, spec, request.via, host)
@@ -242,10 +267,14 @@ def _reconfigure(
     request: cmd.Request,
     host: Host,
 ) -> ev.InterfaceReconfigured:
+    moved = new.netns != old.netns
     if not command.allow_overlap:
-        _refuse_overlap(tuple(a for a in new.addresses if a not in old.addresses), new, request.via, host)
+        added = tuple(a for a in new.addresses if moved or a not in old.addresses)
+        _refuse_overlap(added, new, request.via, host)
     if not isinstance(command, cmd.ConfigureInterface) and not command.recreate:
         _refuse_recreation(old, new)
+    if moved:
+        _refuse_closed(new, host)
     return ev.InterfaceReconfigured(
         interface_id=interface.id,
         name=interface.name,
@@ -258,6 +287,7 @@ def _reconfigure(
 def _refuse_recreation(old: InterfaceSpec, new: InterfaceSpec) -> None:
     for field, fixed in (
         ("mode", old.mode is not new.mode),
+        ("netns", old.netns != new.netns),
         ("multi_queue", old.multi_queue != new.multi_queue),
         ("owner", old.owner is not None and new.owner is None),
         ("group", old.group is not None and new.group is None),
@@ -269,6 +299,11 @@ def _refuse_recreation(old: InterfaceSpec, new: InterfaceSpec) -> None:
                 "and made again, with a new ifindex and without its connections",
                 field=field,
             )
+
+
+def _refuse_closed(spec: InterfaceSpec, host: Host) -> None:
+    if spec.netns is not None and (why := host.closed.get(spec.netns)) is not None:
+        raise TunledgerError(why.code, why.message, retry=why.retry, field="netns", errno_name=why.errno_name)
 
 
 def _refuse_existing(state: State, name: InterfaceName, via: str) -> None:
@@ -289,6 +324,8 @@ def _refuse_overlap(addresses: tuple[Address, ...], spec: InterfaceSpec, via: st
     for address in addresses:
         net = address.network
         for used in host.networks:
+            if used.netns != spec.netns:
+                continue  # what others do in another network namespace is none of its business
             if used.network.version == net.version and used.network.overlaps(net):
                 article = "an address" if used.source == "address" else "a route"
                 field = "address" if via == "classic" else f"addresses.{spec.addresses.index(address)}"

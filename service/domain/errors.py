@@ -31,6 +31,7 @@ class ErrorCode(StrEnum):
     NOT_AWAITING = "not_awaiting"
     PERMISSION_DENIED = "permission_denied"
     TUN_MISSING = "tun_missing"
+    NETNS_MISSING = "netns_missing"
     DEVICE_BUSY = "device_busy"
     DEVICE_GONE = "device_gone"
     KERNEL_REFUSED = "kernel_refused"

@@ -5,7 +5,8 @@ what was observed afterwards. So an empty plan and a passed verification are the
 not into an executor: every order that matters to the kernel, with its reason.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -47,12 +48,15 @@ class Sight:
         attached: whether a worker of ours reads the device.
         applied: what that worker was told to do, or None where that is not known.
         occupant: a link of somebody else that has the wanted name, or None.
+        blind: why its network namespace could not be looked into, or None; then nothing is known of a link, and
+            nothing may be done about it.
     """
 
     link: ObservedLink | None = None
     attached: bool = False
     applied: Processing | None = None
     occupant: ObservedLink | None = None
+    blind: TunledgerError | None = None
 
 
 def differences(token: Token, name: str, spec: InterfaceSpec | None, sight: Sight) -> tuple[Difference, ...]:
@@ -61,12 +65,14 @@ def differences(token: Token, name: str, spec: InterfaceSpec | None, sight: Sigh
     found: list[Difference] = []
     if spec is None:
         if link is not None:
-            found.append(Difference(name, None, f"{link.name} (ifindex {link.ifindex})"))
+            found.append(Difference(name, None, f"{link.key} (ifindex {link.ifindex})"))
+        if sight.blind is not None:
+            found.append(Difference(name, None, "unknown"))
         if sight.attached:
             found.append(Difference(f"{name}.processing.running", False, True))
         return tuple(found)
     if link is None:
-        return (Difference(name, "present", None),)
+        return (Difference(name, "present", "unknown" if sight.blind is not None else None),)
     for key, desired, observed in _compared(spec, link):
         if desired != observed:
             found.append(Difference(f"{name}.{key}", desired, observed))
@@ -90,6 +96,7 @@ def _compared(spec: InterfaceSpec, link: ObservedLink) -> list[tuple[str, Any, A
     """Each compared property as (path, desired, observed). Addresses compare as sets: the order is the kernel's."""
     pairs: list[tuple[str, Any, Any]] = [
         ("name", spec.name, link.name),
+        ("netns", spec.netns, link.netns),
         ("mode", spec.mode.value, link.mode.value if link.mode is not None else None),
         ("multi_queue", spec.multi_queue, link.multi_queue),
         ("persist", True, link.persist),
@@ -109,8 +116,11 @@ def plan(token: Token, name: InterfaceName, spec: InterfaceSpec | None, sight: S
     """The steps from what was seen to what is desired; none if there is no difference.
 
     Raises:
-        TunledgerError: name_taken, if somebody else's link has the name and would have to go.
+        TunledgerError: name_taken, if somebody else's link has the name and would have to go; or why its network
+            namespace could not be looked into.
     """
+    if sight.blind is not None:
+        raise sight.blind
     link = sight.link
     if spec is None:
         return _removal(token, name, sight)
@@ -128,8 +138,9 @@ def plan(token: Token, name: InterfaceName, spec: InterfaceSpec | None, sight: S
         multi_queue=spec.multi_queue,
         persist=True,
         txqueuelen=-1,  # a tun starts with 500 and a tap with 1000 (tun_net_initialize): always set it
+        netns=spec.netns,
     )
-    create = st.CreateLink(name, token, spec.mode, spec.multi_queue, spec.owner, spec.group)
+    create = st.CreateLink(name, token, spec.mode, spec.multi_queue, spec.owner, spec.group, spec.netns)
     after = _edit(token, spec, Sight(link=fresh), fresh)
     return (*_removal(token, name, sight), create, *after)
 
@@ -165,7 +176,8 @@ def _same_device(spec: InterfaceSpec, link: ObservedLink) -> bool:
     An owner can be replaced but not taken away: TUNSETOWNER refuses an invalid uid (drivers/net/tun.c).
     """
     disowned = (spec.owner is None and link.owner is not None) or (spec.group is None and link.group is not None)
-    return link.mode is spec.mode and link.multi_queue == spec.multi_queue and link.persist and not disowned
+    here = link.netns == spec.netns
+    return here and link.mode is spec.mode and link.multi_queue == spec.multi_queue and link.persist and not disowned
 
 
 def _removal(token: Token, name: str, sight: Sight) -> tuple[st.Step, ...]:
@@ -174,8 +186,8 @@ def _removal(token: Token, name: str, sight: Sight) -> tuple[st.Step, ...]:
         found.append(st.StopProcessing(name, token.interface_id))
     if sight.link is not None:
         if sight.link.token != token:  # nothing is removed that does not say that it is ours
-            found.append(st.SetAlias(sight.link.name, sight.link.ifindex, token))
-        found.append(st.DeleteLink(sight.link.name, sight.link.ifindex, token))
+            found.append(st.SetAlias(sight.link.name, sight.link.ifindex, token, sight.link.netns))
+        found.append(st.DeleteLink(sight.link.name, sight.link.ifindex, token, sight.link.netns))
     return tuple(found)
 
 
@@ -207,7 +219,13 @@ def _edit(token: Token, spec: InterfaceSpec, sight: Sight, link: ObservedLink) -
         out.append(st.StartProcessing(name, token.interface_id, spec.mode, spec.multi_queue, spec.processing))
     elif spec.processing.running and sight.applied is not None and sight.applied.chain != spec.processing.chain:
         out.append(st.ConfigureProcessing(name, token.interface_id, spec.processing))
-    return tuple(out)
+    return tuple(out) if spec.netns is None else tuple(_inside(spec.netns, out))
+
+
+def _inside(netns: str, steps: Iterable[st.Step]) -> Iterable[st.Step]:
+    """The same steps on a link in a network namespace; workers know devices by their ids, wherever they are."""
+    for step in steps:
+        yield step if isinstance(step, st.ConfigureProcessing | st.StopProcessing) else replace(step, netns=netns)
 
 
 def _reopened(spec: InterfaceSpec, sight: Sight) -> bool:

@@ -71,6 +71,12 @@ class Interface(msgspec.Struct, frozen=True, kw_only=True):
         return f'"{self.id}.{self.generation}{pending}"'
 
     @property
+    def netns(self) -> str | None:
+        """The network namespace that its link is to be in; of one that is to go, where it is."""
+        spec = self.wanted if self.wanted is not None else self.spec
+        return spec.netns if spec is not None else None
+
+    @property
     def wanted(self) -> InterfaceSpec | None:
         """What the kernel is to be brought to: the pending spec while there is one, else the applied one."""
         return self.pending.spec if self.pending is not None else self.spec

@@ -1,7 +1,11 @@
-"""The steps a plan is made of. Each reads like the `ip` command it stands for and leaves the executor no choice."""
+"""The steps a plan is made of. Each reads like the `ip` command it stands for and leaves the executor no choice.
+
+`netns` is the network namespace of the link, by its name under /run/netns; None is the service's own.
+"""
 
 from dataclasses import dataclass
 
+from service.domain.observed import link_key
 from service.domain.spec import Processing
 from service.domain.token import Token
 from service.domain.values import Address, InterfaceId, InterfaceName, Mode
@@ -23,12 +27,13 @@ class CreateLink:
     multi_queue: bool
     owner: int | None
     group: int | None
+    netns: str | None = None
 
     def __str__(self) -> str:
         owner = "" if self.owner is None else f" user {self.owner}"
         group = "" if self.group is None else f" group {self.group}"
         queues = " multi_queue" if self.multi_queue else ""
-        return f"ip tuntap add {self.name} mode {self.mode}{owner}{group}{queues}"
+        return f"{_ip(self.netns)} tuntap add {self.name} mode {self.mode}{owner}{group}{queues}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +43,10 @@ class DeleteLink:
     name: str
     ifindex: int
     token: Token
+    netns: str | None = None
 
     def __str__(self) -> str:
-        return f"ip link delete {self.name}"
+        return f"{_ip(self.netns)} link delete {self.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +55,10 @@ class SetName:
 
     name: InterfaceName
     old: str
+    netns: str | None = None
 
     def __str__(self) -> str:
-        return f"ip link set {self.old} name {self.name}"
+        return f"{_ip(self.netns)} link set {self.old} name {self.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +69,10 @@ class SetAlias:
     name: str
     ifindex: int
     token: Token
+    netns: str | None = None
 
     def __str__(self) -> str:
-        return f'ip link set dev {self.name} alias "{self.token}"'
+        return f'{_ip(self.netns)} link set dev {self.name} alias "{self.token}"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +81,10 @@ class SetLinkGroup:
 
     name: InterfaceName
     group: int
+    netns: str | None = None
 
     def __str__(self) -> str:
-        return f"ip link set dev {self.name} group {self.group}"
+        return f"{_ip(self.netns)} link set dev {self.name} group {self.group}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +93,10 @@ class SetMtu:
 
     name: InterfaceName
     mtu: int
+    netns: str | None = None
 
     def __str__(self) -> str:
-        return f"ip link set {self.name} mtu {self.mtu}"
+        return f"{_ip(self.netns)} link set {self.name} mtu {self.mtu}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +105,10 @@ class SetTxQueueLen:
 
     name: InterfaceName
     txqueuelen: int
+    netns: str | None = None
 
     def __str__(self) -> str:
-        return f"ip link set {self.name} txqueuelen {self.txqueuelen}"
+        return f"{_ip(self.netns)} link set {self.name} txqueuelen {self.txqueuelen}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +117,10 @@ class SetMac:
 
     name: InterfaceName
     mac: str
+    netns: str | None = None
 
     def __str__(self) -> str:
-        return f"ip link set {self.name} address {self.mac}"
+        return f"{_ip(self.netns)} link set {self.name} address {self.mac}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +130,12 @@ class SetOwner:
     name: InterfaceName
     owner: int | None
     group: int | None
+    netns: str | None = None
 
     def __str__(self) -> str:
         owner = "none" if self.owner is None else self.owner
         group = "none" if self.group is None else self.group
-        return f"# tuntap {self.name}: set user {owner} group {group}"
+        return f"# tuntap {link_key(self.netns, self.name)}: set user {owner} group {group}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +144,10 @@ class AddAddress:
 
     name: InterfaceName
     address: Address
+    netns: str | None = None
 
     def __str__(self) -> str:
-        return f"ip address replace {self.address} dev {self.name}"
+        return f"{_ip(self.netns)} address replace {self.address} dev {self.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +156,10 @@ class RemoveAddress:
 
     name: InterfaceName
     address: Address
+    netns: str | None = None
 
     def __str__(self) -> str:
-        return f"ip address delete {self.address} dev {self.name}"
+        return f"{_ip(self.netns)} address delete {self.address} dev {self.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +167,10 @@ class SetUp:
     """Admin state up."""
 
     name: InterfaceName
+    netns: str | None = None
 
     def __str__(self) -> str:
-        return f"ip link set {self.name} up"
+        return f"{_ip(self.netns)} link set {self.name} up"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +178,10 @@ class SetDown:
     """Admin state down; the kernel then drops the link's IPv6 addresses."""
 
     name: InterfaceName
+    netns: str | None = None
 
     def __str__(self) -> str:
-        return f"ip link set {self.name} down"
+        return f"{_ip(self.netns)} link set {self.name} down"
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +193,10 @@ class StartProcessing:
     mode: Mode
     multi_queue: bool
     processing: Processing = COUNT_ONLY
+    netns: str | None = None
 
     def __str__(self) -> str:
-        return f"# start processing on {self.name}{_chain(self.processing)}"
+        return f"# start processing on {link_key(self.netns, self.name)}{_chain(self.processing)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +240,10 @@ Step = (
     | ConfigureProcessing
     | StopProcessing
 )
+
+
+def _ip(netns: str | None) -> str:
+    return "ip" if netns is None else f"ip -n {netns}"
 
 
 def _chain(processing: Processing) -> str:

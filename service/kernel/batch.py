@@ -38,6 +38,7 @@ class Batch:
     Args:
         vouched: whether the link with this ifindex is, without a doubt, the one that bore our token.
         choose: picks a link group to delete through.
+        open_node: opens the device node at a path, in the network namespace that `route` is of.
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class Batch:
         tun_path: str,
         vouched: Callable[[int, Token], bool],
         choose: Callable[[Sequence[int]], int],
+        open_node: Callable[[str], int] = tundev.open_node,
     ) -> None:
         self._route = route
         self._tun_path = tun_path
         self._vouched = vouched
         self._choose = choose
+        self._open_node = open_node
 
     def run(self, work: Sequence[tuple[Token, Sequence[st.Step]]]) -> list[TunledgerError | None]:
         """Carry out all steps, of each interface in order until one fails; the errors, in the order of `work`."""
@@ -93,7 +96,11 @@ class Batch:
             if len(opened) == DEVICES_MAX:
                 return list(members[number:])
             try:
-                opened.append((member, tundev.open_node(self._tun_path)))
+                opened.append((member, self._open_node(self._tun_path)))
+            except TunledgerError as error:  # the namespace could not be entered
+                if opened and error.errno_name in {"EMFILE", "ENFILE"}:
+                    return list(members[number:])
+                member.error = error
             except OSError as error:
                 if opened and error.errno in {errno.EMFILE, errno.ENFILE}:
                     return list(members[number:])
@@ -335,7 +342,9 @@ class Batch:
         link = netlink.read_link(found, 0, len(found))
         if link.mode is None:
             raise errnos.gone(step.name)
-        fd = attach_present(self._route, self._tun_path, link.name, link.mode, link.multi_queue, ifindex)
+        fd = attach_present(
+            self._route, self._tun_path, link.name, link.mode, link.multi_queue, ifindex, self._open_node
+        )
         try:
             if step.owner is not None:
                 tundev.set_owner(fd, step.owner)
@@ -352,6 +361,7 @@ def attach_present(
     mode: Mode,
     multi_queue: bool,
     ifindex: int,
+    open_node: Callable[[str], int] = tundev.open_node,
     *,
     vnet_hdr: bool = False,
 ) -> int:
@@ -362,7 +372,7 @@ def attach_present(
         OSError: ENODEV if the device is gone; else as TUNSETIFF.
     """
     try:
-        fd = tundev.open_node(tun_path)
+        fd = open_node(tun_path)
     except OSError as error:
         raise errnos.no_device_node(tun_path, error.errno or errno.EIO) from error
     try:

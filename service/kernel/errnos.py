@@ -82,6 +82,28 @@ def no_device_node(path: str, number: int) -> TunledgerError:
     return refused(f"open {path}", number)
 
 
+def no_namespace(name: str) -> TunledgerError:
+    """There is no network namespace of that name."""
+    return TunledgerError(
+        ErrorCode.NETNS_MISSING,
+        f"netns {name} does not exist; `ip netns add {name}` makes it",
+        retry=True,
+        errno_name="ENOENT",
+    )
+
+
+def no_entry(name: str, number: int) -> TunledgerError:
+    """Why a network namespace that exists could not be entered (setns(2))."""
+    if number in {errno.EPERM, errno.EACCES}:
+        return TunledgerError(
+            ErrorCode.PERMISSION_DENIED,
+            f"netns {name}: permission denied: needs CAP_SYS_ADMIN, besides CAP_NET_ADMIN, to enter network "
+            "namespaces; run as root or grant the capability in the unit file",
+            errno_name=name_of(number),
+        )
+    return refused(f"enter netns {name}", number)
+
+
 def busy(name: str) -> TunledgerError:
     """Somebody else has the device open; names them where /proc tells."""
     return TunledgerError(

@@ -7,7 +7,7 @@ with the MTU, and indexes that are never used twice. Both kernels pass one contr
 by (queueing, packets, link-local addresses) is left out, and so is every decision.
 
 The outside world has a hand of its own, `FakeKernel.outside`, since it asks for no token. `str(kernel)` is the host as
-the `ip` commands that would make it.
+the `ip` commands that would make it. `FakeNamespaces` are more such hosts, under the names of network namespaces.
 """
 
 import errno
@@ -17,7 +17,7 @@ import select
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import assert_never
@@ -31,6 +31,8 @@ from service.domain.token import Token, parse_token
 from service.domain.values import IPV6_MTU_MIN, MTU_MAX, MTU_MIN, TAP_MTU_MAX, Address, Mode
 from service.kernel import errnos
 from service.kernel.columns import Member, column
+from service.kernel.doorway import Identity
+from service.kernel.namespaces import HostKernel
 
 # linux/if.h
 IFF_UP, IFF_BROADCAST, IFF_POINTOPOINT, IFF_RUNNING = 0x1, 0x2, 0x10, 0x40
@@ -121,7 +123,7 @@ class FakeKernel:
         vouched: Callable[[int, Token], bool] = lambda _ifindex, _token: False,
     ) -> None:
         self._lock = threading.RLock()
-        self._vouched = vouched
+        self.vouched = vouched
         self._promote = promote_secondaries
         self._links: dict[int, _Link] = {}
         self._next_index = 1
@@ -306,7 +308,7 @@ class FakeKernel:
         if link is None:
             raise errnos.refused(str(step), errno.ENODEV, f"{step.name} does not exist any more")
         is_it = step.token == member.token and link.name == step.name and link.mode is not None
-        if link.token != member.token and not (is_it and self._vouched(link.ifindex, member.token)):
+        if link.token != member.token and not (is_it and self.vouched(link.ifindex, member.token)):
             raise name_taken(step.name)
         return link
 
@@ -435,6 +437,60 @@ class FakeKernel:
             else:
                 left = [(a, secondary) for a, secondary in left if a not in orphaned]
         link.ipv4 = left
+
+
+class FakeNamespaces:
+    """Network namespaces with names, each a fake kernel; those that somebody else makes and removes.
+
+    Attributes:
+        own: that of the service.
+    """
+
+    def __init__(self, own: FakeKernel | None = None) -> None:
+        self.own = own if own is not None else FakeKernel()
+        self._kernels: dict[str, tuple[int, FakeKernel]] = {}
+        self._made = 0
+        self._refusals: dict[str, TunledgerError] = {}
+
+    def host(self) -> HostKernel:
+        """The kernel of it all."""
+        return HostKernel(self.own, self)
+
+    def add(self, name: str) -> FakeKernel:
+        """`ip netns add NAME`; its links are made and changed in the kernel that this gives."""
+        self._made += 1
+        kernel = FakeKernel(vouched=self.own.vouched)
+        self._kernels[name] = self._made, kernel
+        return kernel
+
+    def delete(self, name: str) -> None:
+        """`ip netns del NAME`, and all that is in it goes."""
+        _made, kernel = self._kernels.pop(name)
+        kernel.close()
+
+    def refuse(self, name: str, error: TunledgerError | None) -> None:
+        """Have nobody enter it, or let them again."""
+        if error is None:
+            del self._refusals[name]
+        else:
+            self._refusals[name] = error
+
+    def present(self) -> Mapping[str, Identity]:
+        """See `namespaces.Namespaces`."""
+        return {name: (0, number) for name, (number, _kernel) in self._kernels.items()}
+
+    @contextmanager
+    def entered(self, name: str, *, attended: bool = True) -> Iterator[FakeKernel]:
+        """See `namespaces.Namespaces`."""
+        del attended
+        if name not in self._kernels:
+            raise errnos.no_namespace(name)
+        if name in self._refusals:
+            raise self._refusals[name]
+        yield self._kernels[name][1]
+
+    def require_home(self) -> None:
+        """A fake thread is at home everywhere."""
 
 
 class Outside:

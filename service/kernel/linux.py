@@ -27,9 +27,10 @@ FEW = 4
 
 
 class LinuxKernel:
-    """One network namespace: the one the thread is in when it first calls.
+    """One network namespace: the one the thread is in when it first calls, or the one that the openers open in.
 
     Args:
+        open_node, open_socket: open the device node, and a netlink socket, in the namespace.
         vouched: whether the link with this ifindex is without a doubt the one that bore our token, although it does not
             now; asked by `SetAlias`, in the thread that carries it out.
         choose: picks a link group, of thousands, to delete links through.
@@ -41,10 +42,13 @@ class LinuxKernel:
         *,
         vouched: Callable[[int, Token], bool] = lambda _ifindex, _token: False,
         choose: Callable[[Sequence[int]], int] = secrets.choice,
+        open_node: Callable[[str], int] = tundev.open_node,
+        open_socket: Callable[[], netlink.RouteSocket] = netlink.RouteSocket,
     ) -> None:
         self._tun_path = tun_path
         self._vouched = vouched
         self._choose = choose
+        self._open_node, self._open_socket = open_node, open_socket
         self._socket: netlink.RouteSocket | None = None
         self._tells_origin = _kernel_release() >= (5, 18)  # IFA_PROTO
         self._reader, self._sampler = (netlink.LinkReader(tells_origin=self._tells_origin) for _ in range(2))
@@ -59,7 +63,7 @@ class LinuxKernel:
     def _route(self) -> netlink.RouteSocket:
         if self._socket is None:
             try:
-                self._socket = netlink.RouteSocket()
+                self._socket = self._open_socket()
             except OSError as error:
                 raise errnos.refused("open a netlink socket", error.errno or errno.EIO) from error
         return self._socket
@@ -111,7 +115,7 @@ class LinuxKernel:
             For each, in the order of `work`: the kernel's refusal, naming the step, or None.
         """
         try:
-            return Batch(self._route, self._tun_path, self._vouched, self._choose).run(work)
+            return Batch(self._route, self._tun_path, self._vouched, self._choose, self._open_node).run(work)
         except TunledgerError as error:  # there is no socket: nothing was done
             return [error] * len(work)
 
@@ -138,6 +142,7 @@ class LinuxKernel:
                 step.mode,
                 step.multi_queue,
                 link.ifindex,
+                self._open_node,
                 vnet_hdr=offloads,
             )
             try:

@@ -6,6 +6,10 @@ look, never a fact: what to do about a change does not belong in here.
 
 What this kernel keeps to itself (net/core/dev.c, netdev_state_change): an alias, owner, group or persistence changed on
 a link that is down sends nothing at all. Only looking now and then finds these.
+
+A socket hears of one network namespace. So there is one for each in use, all read by the same thread; it is closed as
+soon as the namespace's name is gone, since it would keep the namespace alive. That a name comes or goes is heard of as
+a change of mounts (`ip netns` mounts them; /proc/self/mountinfo, proc_pid_mountinfo(5)), and looked for now and then.
 """
 
 import contextlib
@@ -23,10 +27,12 @@ from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from service.domain.observed import ObservedLink
+from service.domain.errors import TunledgerError
+from service.domain.observed import ObservedLink, Place
 from service.domain.token import Token
 from service.domain.values import Address
 from service.kernel import errnos, netlink
+from service.kernel.doorway import Doorway, Identity, identity_of, open_namespace
 
 # linux/rtnetlink.h, linux/netlink.h, asm-generic/socket.h, linux/if_link.h
 GROUPS = (1, 5, 9)  # RTNLGRP_LINK, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV6_IFADDR
@@ -39,6 +45,8 @@ QUEUE_BYTES = 16 << 20  # the kernel doubles it; some 3 KiB a message: about 10,
 PAUSE_S = 0.005  # between the first message and looking at what there is: bursts, and our own applier, come first
 AGAIN_S = 1.0  # until the next try to open a socket, or to wake somebody who could not be woken
 DRAIN_MOST = 1 << 16  # several times what fits the queue: they come faster than they can be read
+MOUNTS = "/proc/self/mountinfo"
+NAMES_EACH_S = 1.0  # between looks at the names of namespaces in use, should a change of mounts not be heard
 HEARD_MOST = 1 << 16  # ifindexes and names that are remembered between a look and `settled`
 
 # Looked up at every message.
@@ -54,7 +62,7 @@ _ATTR = struct.Struct("=HH")
 _ALIAS_OF_OURS = b"tunledger:"
 
 # What a link is, without what comes and goes by itself, and addresses, which have messages of their own.
-_PASSING = {"running", "carrier", "operstate", "flags", "counters", "addresses", "ifindex", "token"}
+_PASSING = {"running", "carrier", "operstate", "flags", "counters", "addresses", "ifindex", "token", "netns"}
 _lasting = attrgetter(*(each.name for each in fields(ObservedLink) if each.name not in _PASSING))
 
 Moment = int  # the number of a message
@@ -66,21 +74,23 @@ class News:
     """What may have changed. False if there is nothing.
 
     Attributes:
-        changed: watched links of which something was heard that is not as it was seen, by ifindex.
-        gone: watched links that left, by ifindex. Each may be back already, as another device with the same ifindex.
-        moved: in words, where those of the gone went that were not deleted.
+        changed: watched links of which something was heard that is not as it was seen, by where they are.
+        gone: watched links that left. Each may be back already, as another device with the same ifindex.
+        moved: in words, what became of those of the gone that were not deleted.
         names: of other links that came, left, or were renamed to or from it.
+        namespaces: those in use, or wanted, whose names came or went, with words for it.
         lost: messages were lost. Anything may have changed, and no link is watched before it is `settled` again.
     """
 
-    changed: Mapping[int, Token] = field(default_factory=lambda: MappingProxyType({}))
-    gone: Mapping[int, Token] = field(default_factory=lambda: MappingProxyType({}))
-    moved: Mapping[int, str] = field(default_factory=lambda: MappingProxyType({}))
+    changed: Mapping[Place, Token] = field(default_factory=lambda: MappingProxyType({}))
+    gone: Mapping[Place, Token] = field(default_factory=lambda: MappingProxyType({}))
+    moved: Mapping[Place, str] = field(default_factory=lambda: MappingProxyType({}))
     names: frozenset[str] = frozenset()
     lost: bool = False
+    namespaces: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     def __bool__(self) -> bool:
-        return bool(self.changed or self.gone or self.names or self.lost)
+        return bool(self.changed or self.gone or self.names or self.lost or self.namespaces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +100,22 @@ class _Watched:
     addresses: frozenset[Address]
 
 
+class Numbers:
+    """Numbers messages as they are heard, in all namespaces as one sequence."""
+
+    __slots__ = ("last",)
+
+    def __init__(self) -> None:
+        self.last = 0
+
+    def next(self) -> int:
+        """The number of one more."""
+        self.last += 1
+        return self.last
+
+
 class Watch:
-    """Makes news of netlink messages. Knows no socket, takes no locks, and no bytes make it raise.
+    """Makes news of the netlink messages of one namespace. Knows no socket, takes no locks, and no bytes make it raise.
 
     Messages are numbered as they are heard. A mark is such a number: a look that began after it saw all that had
     happened up to it, so `settled` may forget up to there, and nothing behind.
@@ -101,11 +125,19 @@ class Watch:
     Args:
         cares: whether a name that other links have matters; asked for each that comes or goes, so it must be quick,
             and must not raise or call back.
+        netns: the namespace's name; None for the service's own.
+        numbers: shared by all whose marks are one.
     """
 
-    def __init__(self, cares: Callable[[str], bool] = lambda _name: True) -> None:
-        self._cares = cares
-        self._number = 0
+    def __init__(
+        self,
+        cares: Callable[[str], bool] = lambda _name: True,
+        *,
+        netns: str | None = None,
+        numbers: Numbers | None = None,
+    ) -> None:
+        self._cares, self._netns = cares, netns
+        self._numbers = numbers if numbers is not None else Numbers()
         self._floor = 0  # marks below it are void: what came after them is not known any more
         self.deaf = True
         self._watched: dict[int, _Watched] = {}
@@ -123,8 +155,7 @@ class Watch:
     def hear(self, name_of: Mapping[int, bytes]) -> None:
         """From now on no message is missing. `name_of`: the names of all links, by ifindex."""
         self._lost |= self._floor > 0  # not the first time: whoever was told before could not have it watched
-        self._number += 1
-        self._floor = self._number
+        self._floor = self._numbers.next()
         self.deaf = False
         self._name_of = dict(name_of)
 
@@ -159,11 +190,11 @@ class Watch:
             self._count(ifindex)
             watched = self._watched.get(ifindex)
             if watched is not None and (self._differs(ifindex) or not _known(watched, kind, data, start, stop)):
-                self._changed[ifindex] = self._number, watched.token
+                self._changed[ifindex] = self._numbers.last, watched.token
 
     def mark(self) -> Moment:
         """What was heard up to now; taken before a look."""
-        return self._number
+        return self._numbers.last
 
     def settled(self, mark: Moment, links: Iterable[ObservedLink], gone: Collection[int] = ()) -> None:
         """Somebody took `mark`, then looked, and acts upon what he saw: what was heard before is old.
@@ -193,7 +224,7 @@ class Watch:
         if token is None:
             return
         if mark < self._floor:
-            self._changed[ifindex] = self._number, token
+            self._changed[ifindex] = self._numbers.last, token
             return
         if self._left.get(ifindex, 0) > mark:
             # What is watched under this ifindex now, if anything, is not what was seen.
@@ -238,9 +269,9 @@ class Watch:
     def take(self) -> News:
         """All news, which is none from then on."""
         news = News(
-            MappingProxyType({ifindex: token for ifindex, (_, token) in self._changed.items()}),
-            MappingProxyType({ifindex: token for ifindex, (_, token) in self._gone.items()}),
-            MappingProxyType(self._moved),
+            MappingProxyType({(self._netns, ifindex): token for ifindex, (_, token) in self._changed.items()}),
+            MappingProxyType({(self._netns, ifindex): token for ifindex, (_, token) in self._gone.items()}),
+            MappingProxyType({(self._netns, ifindex): words for ifindex, words in self._moved.items()}),
             frozenset(self._names),
             self._lost,
         )
@@ -248,17 +279,27 @@ class Watch:
         self._changed, self._gone, self._moved, self._names, self._lost = {}, {}, {}, {}, False
         return news
 
+    def leave(self, words: str) -> None:
+        """The namespace went: all that was watched is gone with it."""
+        for ifindex, watched in self._watched.items():
+            self._changed.pop(ifindex, None)
+            self._gone[ifindex] = self._numbers.last, watched.token
+            self._moved[ifindex] = words
+        lost = self._lost
+        self.deafen()
+        self._lost = lost
+
     def _differs(self, ifindex: int) -> bool:
         """Whether it is known to be not as it was seen, so that a message that says what was seen is no old one."""
         return ifindex in self._changed or ifindex in self._told
 
     def _count(self, ifindex: int) -> None:
-        self._number += 1
+        number = self._numbers.next()
         if len(self._heard) >= HEARD_MOST and ifindex not in self._heard:
             self._heard.clear()
             self._left.clear()
-            self._floor = self._number
-        self._heard[ifindex] = self._number
+            self._floor = number
+        self._heard[ifindex] = number
 
     def _link_is(self, ifindex: int, data: bytes | memoryview, start: int, stop: int) -> None:
         watched = self._watched.get(ifindex)
@@ -272,10 +313,10 @@ class Watch:
                 if before is not None:
                     self._tell_name(ifindex, before)
         if watched is not None and (self._differs(ifindex) or not _as_seen(watched, data, start, stop)):
-            self._changed[ifindex] = self._number, watched.token
+            self._changed[ifindex] = self._numbers.last, watched.token
 
     def _link_left(self, ifindex: int, data: bytes | memoryview, start: int, stop: int) -> None:
-        self._left[ifindex] = self._number
+        self._left[ifindex] = self._numbers.last
         name = self._name_of.pop(ifindex, None)
         watched = self._unwatch(ifindex)
         if watched is None:
@@ -284,7 +325,7 @@ class Watch:
             return
         self._changed.pop(ifindex, None)
         self._moved.pop(ifindex, None)
-        self._gone[ifindex] = self._number, watched.token
+        self._gone[ifindex] = self._numbers.last, watched.token
         there = {
             kind: _INDEX.unpack_from(data, first)[0]
             for kind, first, last in netlink.attributes(data, start + _IFINFOMSG_BYTES, stop)
@@ -301,7 +342,7 @@ class Watch:
             if len(self._names) >= HEARD_MOST:
                 self._names.clear()
                 self._lost = True
-            self._names[text] = self._number, ifindex
+            self._names[text] = self._numbers.last, ifindex
 
 
 def _forget(news: dict[_Key, tuple[int, Any]], key: _Key, mark: int) -> bool:
@@ -378,6 +419,34 @@ class _MmsgHdr(ctypes.Structure):
     _fields_ = (("header", _MsgHdr), ("received", ctypes.c_uint))
 
 
+class _Room:
+    """Where datagrams are received, many at a time. The ears of a monitor share one: each is read before the next."""
+
+    DATAGRAMS, DATAGRAM_BYTES = 64, 8192  # a link's message has some 2 KiB; of a longer one the beginning is enough
+
+    def __init__(self) -> None:
+        room = bytearray(self.DATAGRAMS * self.DATAGRAM_BYTES)
+        self.data = memoryview(room)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(room))
+        self._vectors = (_IoVec * self.DATAGRAMS)()
+        self.headers = (_MmsgHdr * self.DATAGRAMS)()
+        for i in range(self.DATAGRAMS):
+            self._vectors[i].base = base + i * self.DATAGRAM_BYTES
+            self._vectors[i].length = self.DATAGRAM_BYTES
+            self.headers[i].header.vectors = ctypes.addressof(self._vectors) + i * ctypes.sizeof(_IoVec)
+            self.headers[i].header.vectors_count = 1
+
+    def messages(self, count: int) -> Iterator[tuple[int, int, int]]:
+        """(type, start, stop) of the body of each message in the first `count` datagrams in `data`."""
+        for i in range(count):
+            offset = i * self.DATAGRAM_BYTES
+            end = offset + self.headers[i].received
+            while offset + _HEADER_BYTES <= end:
+                length, kind = _HEADER.unpack_from(self.data, offset)
+                yield kind, offset + _HEADER_BYTES, min(offset + length, end)
+                offset += max((length + 3) & ~3, _HEADER_BYTES)
+
+
 class _Ear:
     """A socket in the link and address groups of the present network namespace, read many messages at a time.
 
@@ -385,21 +454,10 @@ class _Ear:
     away: beside a busy thread that made 1.5 ms a message here, instead of 1.3 us. Raises OSError.
     """
 
-    DATAGRAMS, DATAGRAM_BYTES = 64, 8192  # a link's message has some 2 KiB; of a longer one the beginning is enough
-
-    def __init__(self, queue_bytes: int) -> None:
+    def __init__(self, queue_bytes: int, room: _Room) -> None:
         self._receive = ctypes.PyDLL(None, use_errno=True).recvmmsg
         self._receive.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_void_p]
-        room = bytearray(self.DATAGRAMS * self.DATAGRAM_BYTES)
-        self.data = memoryview(room)
-        base = ctypes.addressof(ctypes.c_char.from_buffer(room))
-        self._vectors = (_IoVec * self.DATAGRAMS)()
-        self._headers = (_MmsgHdr * self.DATAGRAMS)()
-        for i in range(self.DATAGRAMS):
-            self._vectors[i].base = base + i * self.DATAGRAM_BYTES
-            self._vectors[i].length = self.DATAGRAM_BYTES
-            self._headers[i].header.vectors = ctypes.addressof(self._vectors) + i * ctypes.sizeof(_IoVec)
-            self._headers[i].header.vectors_count = 1
+        self._headers = ctypes.addressof(room.headers)
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
         try:
             try:
@@ -420,10 +478,8 @@ class _Ear:
         self._socket.close()
 
     def receive(self) -> int:
-        """How many datagrams came, now in `data`; 0 if none wait."""
-        count: int = self._receive(
-            self._socket.fileno(), ctypes.addressof(self._headers), self.DATAGRAMS, socket.MSG_DONTWAIT, None
-        )
+        """How many datagrams came, now in the room; 0 if none wait."""
+        count: int = self._receive(self._socket.fileno(), self._headers, _Room.DATAGRAMS, socket.MSG_DONTWAIT, None)
         if count >= 0:
             return count
         number = ctypes.get_errno()
@@ -431,15 +487,29 @@ class _Ear:
             return 0
         raise OSError(number, os.strerror(number))
 
-    def messages(self, count: int) -> Iterator[tuple[int, int, int]]:
-        """(type, start, stop) of the body of each message in the first `count` datagrams in `data`."""
-        for i in range(count):
-            offset = i * self.DATAGRAM_BYTES
-            end = offset + self._headers[i].received
-            while offset + _HEADER_BYTES <= end:
-                length, kind = _HEADER.unpack_from(self.data, offset)
-                yield kind, offset + _HEADER_BYTES, min(offset + length, end)
-                offset += max((length + 3) & ~3, _HEADER_BYTES)
+
+@dataclass(slots=True)
+class _Post:
+    """Where one network namespace is listened to.
+
+    Attributes:
+        broken: why the ear is to be replaced, which only the monitor's thread does.
+        opened_s: when the ear was opened, or that was last tried.
+        identity: of the namespace; None for the service's own.
+    """
+
+    netns: str | None
+    watch: Watch
+    identity: Identity | None = None
+    ear: _Ear | None = None
+    broken: str | None = None
+    opened_s: float = 0.0
+
+    def hush(self) -> None:
+        """Close the ear."""
+        if self.ear is not None:
+            self.ear.close()
+            self.ear = None
 
 
 class Monitor:
@@ -452,7 +522,7 @@ class Monitor:
         on_news: called in the monitor's thread when there is something to take, and then not again before it was
             taken. Must not block.
         cares: see `Watch`.
-        queue_bytes: what may wait to be read.
+        queue_bytes: what may wait to be read, of each namespace.
     """
 
     def __init__(
@@ -462,12 +532,15 @@ class Monitor:
         cares: Callable[[str], bool] = lambda _name: True,
         queue_bytes: int = QUEUE_BYTES,
     ) -> None:
-        self._on_news, self._queue_bytes = on_news, queue_bytes
+        self._on_news, self._cares, self._queue_bytes = on_news, cares, queue_bytes
         self._lock = threading.Lock()
-        self._watch = Watch(cares)
-        self._ear: _Ear | None = None
-        self._opened_s = 0.0
-        self._broken: str | None = None  # why the ear is to be replaced, which only the thread does
+        self._numbers, self._room, self._doorway = Numbers(), _Room(), Doorway()
+        self._own = _Post(None, Watch(cares, numbers=self._numbers))
+        self._posts: dict[str | None, _Post] = {None: self._own}
+        self._names: dict[str, Identity | None] = {}  # namespaces in use or wanted, as last seen
+        self._came_or_went: dict[str, str] = {}
+        self._farewells: list[News] = []  # of namespaces that went
+        self._mounts = -1
         self._unheeded: str | None = None
         self._told = False
         self._kick = -1
@@ -498,10 +571,12 @@ class Monitor:
         if self._started:
             self._thread.join()
         with self._lock:
-            self._watch.deafen()
-            if self._ear is not None:
-                self._ear.close()
-                self._ear = None
+            for post in self._posts.values():
+                post.watch.deafen()
+                post.hush()
+            if self._mounts >= 0:
+                os.close(self._mounts)
+                self._mounts = -1
             if self._kick >= 0:
                 os.close(self._kick)
                 self._kick = -1
@@ -510,44 +585,87 @@ class Monitor:
         """Why changes may go unheard, in words, or None if all is well."""
         if self._started and not self._closing.is_set() and not self._thread.is_alive():
             return "the thread that listens to changes of links has ended"
-        if self._broken is not None:
-            return f"changes of links are not heard, which is tried again: {self._broken}"
+        for post in list(self._posts.values()):
+            if post.broken is not None:
+                where = "" if post.netns is None else f" in netns {post.netns}"
+                return f"changes of links{where} are not heard, which is tried again: {post.broken}"
         return self._unheeded
+
+    def attend(self, netns: str, identity: Identity | None, fd: int) -> None:
+        """Listen in a network namespace too, from now on until its name goes; or, without an identity, tell when there
+        is one of that name. Quick where that is so already. Raises nothing: see `trouble`.
+
+        Args:
+            fd: of the namespace.
+        """
+        post = self._posts.get(netns)
+        if post is not None and post.identity == identity:
+            return
+        with self._lock:
+            if self._closing.is_set() or (identity is None and netns in self._names and post is None):
+                return
+            self._note(netns, identity, known=netns in self._names)
+            if identity is not None:
+                self._posts[netns] = post = _Post(
+                    netns, Watch(self._cares, netns=netns, numbers=self._numbers), identity
+                )
+                self._open_inside(post, fd)
+            self._wake()  # there is another to wait for
 
     def drain(self) -> Moment:
         """Read what is queued, without waiting. To be called before a look; `settled` takes the mark."""
         with self._drained():
-            return self._watch.mark()
+            return self._numbers.last
 
-    def settled(self, mark: Moment, links: Iterable[ObservedLink], gone: Collection[int] = ()) -> None:
+    def settled(self, mark: Moment, links: Iterable[ObservedLink], gone: Collection[Place] = ()) -> None:
         """See `Watch.settled`. Give it only what the look saw to be ours, and one link for each token."""
         with self._lock:
-            self._watch.settled(mark, links, gone)
+            if len(self._posts) == 1:
+                own = [link for link in links if link.netns is None]
+                self._own.watch.settled(mark, own, [ifindex for netns, ifindex in gone if netns is None])
+            else:
+                seen: dict[str | None, list[ObservedLink]] = {}
+                for link in links:
+                    seen.setdefault(link.netns, []).append(link)
+                left: dict[str | None, list[int]] = {}
+                for netns, ifindex in gone:
+                    left.setdefault(netns, []).append(ifindex)
+                for netns in seen.keys() | left.keys():
+                    if netns in self._posts:
+                        self._posts[netns].watch.settled(mark, seen.get(netns, ()), left.get(netns, ()))
+                for netns in left:
+                    self._leave_if_empty(netns)
             self._nudge()
 
-    def vouches(self, ifindex: int, token: Token) -> bool:
+    def vouches(self, ifindex: int, token: Token, netns: str | None = None) -> bool:
         """Whether the device that has this ifindex now is the one that `settled` was given with this token.
 
         True only if every message since then was heard, and none said that the ifindex was given up.
         """
         with self._drained():
-            return self._watch.vouches(ifindex, token)
+            return netns in self._posts and self._posts[netns].watch.vouches(ifindex, token)
 
-    def holder(self, token: Token) -> int | None:
-        """The ifindex of the device that was seen with this token and is the same still; None if there is none."""
+    def holder(self, token: Token) -> Place | None:
+        """The place of the device that was seen with this token and is the same still; None if there is none."""
         with self._drained():
-            return self._watch.holder(token)
+            for netns, post in self._posts.items():
+                ifindex = post.watch.holder(token)
+                if ifindex is not None:
+                    return netns, ifindex
+            return None
 
     def watching(self) -> int:
         """How many devices are watched."""
         with self._lock:
-            return self._watch.watching
+            return sum(post.watch.watching for post in self._posts.values())
 
     def take(self) -> News:
         """All that is to be told, also what is queued now; it is news no longer then."""
         with self._drained():
             self._told = False
-            return self._watch.take()
+            told = [*self._farewells, *(post.watch.take() for post in self._posts.values())]
+            namespaces, self._came_or_went, self._farewells = self._came_or_went, {}, []
+            return told[0] if len(told) == 1 and not namespaces else _together(told, namespaces)
 
     @contextlib.contextmanager
     def _drained(self) -> Iterator[None]:
@@ -558,15 +676,15 @@ class Monitor:
             self._nudge()
 
     def _drain(self) -> None:
-        if self._ear is None or self._broken is not None:
-            return
-        try:
-            self._listen(self._ear)
-        except Exception as error:  # noqa: BLE001  # who drains has other things to do; `trouble` tells it
-            self._break(error)
+        for post in self._posts.values():
+            if post.ear is not None and post.broken is None:
+                try:
+                    self._listen(post, post.ear)
+                except Exception as error:  # noqa: BLE001  # who drains has other things to do; `trouble` tells it
+                    _break(post, error)
 
-    def _listen(self, ear: _Ear) -> None:
-        read = 0
+    def _listen(self, post: _Post, ear: _Ear) -> None:
+        read, watch = 0, post.watch
         while read < DRAIN_MOST:
             try:
                 count = ear.receive()
@@ -575,24 +693,30 @@ class Monitor:
                     raise
                 # Until its queue is empty, the kernel drops more and does not say so again (net/netlink/af_netlink.c,
                 # NETLINK_S_CONGESTED).
-                self._watch.deafen()
+                watch.deafen()
                 continue
             if count == 0:
-                if self._watch.deaf:
-                    self._watch.hear(_names_of_links())
+                if watch.deaf:
+                    watch.hear(self._names_of_links(post))
                 return
             read += count
-            for kind, start, stop in ear.messages(count):
-                self._watch.heard(kind, ear.data, start, stop)
-        self._watch.deafen()
+            for kind, start, stop in self._room.messages(count):
+                watch.heard(kind, self._room.data, start, stop)
+        watch.deafen()
 
     @property
     def _untold(self) -> bool:
-        return self._watch.pending and not self._told
+        if self._told:
+            return False
+        return bool(self._farewells or self._came_or_went) or any(p.watch.pending for p in self._posts.values())
+
+    @property
+    def _is_broken(self) -> bool:
+        return any(post.broken is not None for post in self._posts.values())
 
     def _nudge(self) -> None:
         """Leave it to the thread to tell, or to mend, what it would not find out about by itself."""
-        if self._broken is not None or self._untold:
+        if self._is_broken or self._untold:
             self._wake()
 
     def _wake(self) -> None:
@@ -607,7 +731,8 @@ class Monitor:
                     return
                 with self._lock:
                     self._drain()
-                if self._broken is not None:
+                    self._look_at_names()
+                if self._is_broken:
                     self._reopen()
                 with self._lock:
                     tell = self._untold
@@ -616,20 +741,90 @@ class Monitor:
                     self._tell()
             except Exception as error:  # noqa: BLE001  # this thread ends only when it is told to
                 with self._lock:
-                    self._break(error)
+                    _break(self._own, error)
                 self._closing.wait(AGAIN_S)
 
     def _wait(self) -> None:
-        """Until there is something to read, or others have read it, or it is time to try again what failed."""
+        """Until there is something to read, or others have read it, or it is time to look or to try again."""
         poll = select.poll()
         poll.register(self._kick, select.POLLIN)
         with self._lock:
-            again = self._broken is not None or self._untold
-            if self._ear is not None and self._broken is None:
-                poll.register(self._ear, select.POLLIN)
-        poll.poll(AGAIN_S * 1000 if again else None)
+            again_s = AGAIN_S if self._is_broken or self._untold else None
+            for post in self._posts.values():
+                if post.ear is not None and post.broken is None:
+                    poll.register(post.ear, select.POLLIN)
+            if self._names:
+                again_s = min(again_s, NAMES_EACH_S) if again_s is not None else NAMES_EACH_S
+                if self._mounts < 0:
+                    with contextlib.suppress(OSError):
+                        self._mounts = os.open(MOUNTS, os.O_RDONLY | os.O_CLOEXEC)
+                        self._wake()  # what came or went before it was open
+                if self._mounts >= 0:
+                    poll.register(self._mounts, select.POLLPRI | select.POLLERR)
+        poll.poll(again_s * 1000 if again_s is not None else None)
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._kick)
+
+    # -- namespaces
+
+    def _look_at_names(self) -> None:
+        """Leave namespaces whose names have gone, and tell of those that came."""
+        for netns, known in list(self._names.items()):
+            try:
+                identity = identity_of(netns)
+            except OSError:
+                continue  # it cannot be told now
+            if identity != known:
+                self._note(netns, identity, known=True)
+
+    def _note(self, netns: str, identity: Identity | None, *, known: bool) -> None:
+        """A name stands for another namespace than before, or for none, or is heard of for the first time."""
+        before = self._names.get(netns)
+        self._names[netns] = identity
+        post = self._posts.get(netns)
+        if post is not None and post.identity != identity:
+            del self._posts[netns]
+            post.hush()
+            post.watch.leave(f"netns {netns} went away")
+            self._farewells.append(post.watch.take())
+        if known and identity != before:
+            self._came_or_went[netns] = f"netns {netns} {'went away' if identity is None else 'came'}"
+
+    def _leave_if_empty(self, netns: str | None) -> None:
+        post = self._posts.get(netns)
+        if netns is not None and post is not None and not post.watch.watching and not post.watch.pending:
+            post.hush()
+            del self._posts[netns], self._names[netns]
+
+    def _open_inside(self, post: _Post, fd: int) -> None:
+        """With the lock. What goes wrong is in `broken`."""
+        assert post.netns is not None
+        post.opened_s = time.monotonic()
+        try:
+            post.ear = self._doorway.opened(post.netns, fd, self._ear, _Ear.close)
+            post.broken = None
+            post.watch.hear(self._names_inside(post.netns, fd))
+        except (OSError, TunledgerError) as error:
+            post.broken = str(error)
+
+    def _names_of_links(self, post: _Post) -> dict[int, bytes]:
+        if post.netns is None:
+            return _names_of_links(netlink.RouteSocket)
+        try:
+            fd, identity = open_namespace(post.netns)
+        except TunledgerError:
+            return {}
+        try:
+            return self._names_inside(post.netns, fd) if identity == post.identity else {}
+        finally:
+            os.close(fd)
+
+    def _names_inside(self, netns: str, fd: int) -> dict[int, bytes]:
+        route = netlink.RouteSocket
+        return _names_of_links(lambda: self._doorway.opened(netns, fd, route, route.close))
+
+    def _ear(self) -> _Ear:
+        return _Ear(self._queue_bytes, self._room)
 
     def _tell(self) -> None:
         try:
@@ -641,33 +836,62 @@ class Monitor:
                 self._told = False
 
     def _open(self) -> None:
-        self._ear, self._opened_s = _Ear(self._queue_bytes), time.monotonic()
-        self._broken = None
-        self._watch.hear(_names_of_links())
-
-    def _break(self, error: Exception) -> None:
-        """With the lock: hear nothing more until the thread has opened another ear."""
-        self._watch.deafen()
-        self._broken = str(error) or type(error).__name__
+        self._doorway.require_home()
+        self._own.ear, self._own.opened_s = self._ear(), time.monotonic()
+        self._own.broken = None
+        self._own.watch.hear(_names_of_links(netlink.RouteSocket))
 
     def _reopen(self) -> None:
-        if time.monotonic() < self._opened_s + AGAIN_S:
+        broken = [post for post in list(self._posts.values()) if post.broken is not None]
+        if any(time.monotonic() < post.opened_s + AGAIN_S for post in broken):
             self._closing.wait(AGAIN_S)  # it broke at once: so may the next one
         with self._lock:
-            if self._ear is not None:
-                self._ear.close()
-                self._ear = None
-            try:
+            for post in broken:
+                if self._posts.get(post.netns) is post:
+                    post.hush()
+                    self._open_again(post)
+
+    def _open_again(self, post: _Post) -> None:
+        try:
+            if post.netns is None:
                 self._open()
-            except OSError as error:
-                self._broken = str(error)
+                return
+            fd, identity = open_namespace(post.netns)
+            try:
+                if identity == post.identity:  # else its name has gone, which is noticed by itself
+                    self._open_inside(post, fd)
+            finally:
+                os.close(fd)
+        except (OSError, TunledgerError) as error:
+            post.broken = str(error)
 
 
-def _names_of_links() -> dict[int, bytes]:
+def _break(post: _Post, error: Exception) -> None:
+    """With the lock: hear nothing more there until the thread has opened another ear."""
+    post.watch.deafen()
+    post.broken = str(error) or type(error).__name__
+
+
+def _together(told: Iterable[News], namespaces: Mapping[str, str]) -> News:
+    changed: dict[Place, Token] = {}
+    gone: dict[Place, Token] = {}
+    moved: dict[Place, str] = {}
+    names: set[str] = set()
+    lost = False
+    for news in told:
+        changed |= news.changed
+        gone |= news.gone
+        moved |= news.moved
+        names |= news.names
+        lost |= news.lost
+    return News(changed, gone, moved, frozenset(names), lost, namespaces)
+
+
+def _names_of_links(open_socket: Callable[[], netlink.RouteSocket]) -> dict[int, bytes]:
     """Of all links, by ifindex. Nothing, if they cannot be read: each is a new name then when it is heard of."""
     try:
-        route = netlink.RouteSocket()
-    except OSError:
+        route = open_socket()
+    except (OSError, TunledgerError):
         return {}
     try:
         return {

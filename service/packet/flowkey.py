@@ -82,13 +82,14 @@ class Entry:
         self.tcp_flags: Final = tcp_flags
         self.least: Final = least
 
-    def _same(self) -> tuple[int, bytes | None, bool, int, int, int]:
-        return self.kind, self.flow, self.swapped, self.protocol, self.tcp_flags, self.least
-
     def __repr__(self) -> str:
-        return f"Entry{self._same()!r}"
+        flow = None if self.flow is None else self.flow.hex()
+        return f"Entry({CLASSES[self.kind]}, {flow}, swapped={self.swapped}, flags={self.tcp_flags:#x})"
 
 
+_REMEMBERED: Final = frozenset(
+    CLASSES.index(name) for name in ("ipv4.tcp", "ipv4.udp", "ipv4.icmp", "ipv6.tcp", "ipv6.udp", "ipv6.icmpv6")
+)
 _FLOWLESS: Final = tuple(Entry(kind, None, False, 0, 0, 0) for kind in range(len(CLASSES)))
 
 
@@ -109,6 +110,14 @@ def flow_ends(flow: Octets) -> FlowEnds:
 
 def look_at(packet: Octets, mode: Literal["tun", "tap"]) -> Entry:
     """Look at one packet, an IP packet or (tap) an Ethernet frame, without a memo. Never raises."""
+    return Entry(*_facts(packet, mode))
+
+
+_Facts = tuple[int, bytes | None, bool, int, int, int]
+
+
+def _facts(packet: Octets, mode: Literal["tun", "tap"]) -> _Facts:
+    """What an entry holds, in its order."""
     length = len(packet)
     if mode == "tun":
         kind = classify(packet, length)
@@ -119,7 +128,7 @@ def look_at(packet: Octets, mode: Literal["tun", "tap"]) -> Entry:
         while kind < FIRST_MALFORMED and packet[at - 2] << 8 | packet[at - 1] in (0x8100, 0x88A8):
             at += 4
     if kind >= FIRST_MALFORMED or kind in (_ARP, _ETHERNET_OTHER):
-        return _FLOWLESS[kind]
+        return kind, None, False, 0, 0, 0
     # From here on classify has vouched for every length that is read.
     fragment = False
     fragmented = 0
@@ -170,24 +179,27 @@ def look_at(packet: Octets, mode: Literal["tun", "tap"]) -> Entry:
         source_port = to_port = 0
         if version == 6:
             flow_protocol = fragmented
-    swapped = (source, source_port) > (to, to_port)
-    flow = flow_key(version, flow_protocol, source, source_port, to, to_port)
-    return Entry(kind, flow, swapped, flow_protocol, flags, least)
+    if source > to or (source == to and source_port > to_port):
+        flow = _FLOW.pack(version, flow_protocol, to_port, source_port, to, source)
+        return kind, flow, True, flow_protocol, flags, least
+    flow = _FLOW.pack(version, flow_protocol, source_port, to_port, source, to)
+    return kind, flow, False, flow_protocol, flags, least
 
 
 class Meter:
     """Looks at packets of one mode. One may serve many devices; it belongs to one thread."""
 
-    __slots__ = ("_entries", "_icmp", "_look", "_mode", "_most", "_seen", "_tcp", "_udp", "look")
+    __slots__ = ("_entries", "_icmp", "_mode", "_most", "_room", "_seen", "_tcp", "_udp", "look")
 
     def __init__(self, mode: Literal["tun", "tap"], entries_max: int = ENTRIES_MAX) -> None:
         self._mode: Final = mode
         self._most: Final = entries_max
+        self._room = entries_max  # looks that the memo did not know, until it is emptied
         # Keys of IPv4 and IPv6 differ in length, those of TCP in kind: no two packets meet in one place by chance.
         self._udp: Final[dict[bytes, Entry]] = {}
         self._tcp: Final[dict[tuple[bytes, int], Entry]] = {}
         self._icmp: Final[dict[tuple[bytes, int], Entry]] = {}
-        self._entries: Final[dict[tuple[int, bytes | None, bool, int, int, int], Entry]] = {}
+        self._entries: Final[dict[_Facts, Entry]] = {}
         self._seen: Final[dict[bytes, bytes]] = {}
         self.look: Final = self._look_at_packets if mode == "tun" else self._look_at_frames
         """Look at packets; returns an entry for each, in their order. Never raises."""
@@ -286,28 +298,32 @@ class Meter:
 
     def _unusual(self, packet: memoryview) -> Entry:
         """Look at a packet that the memo did not know, and remember it where that is possible."""
-        entry = look_at(packet, self._mode)
-        flow = entry.flow
+        kind, flow, swapped, protocol, flags, least = facts = _facts(packet, self._mode)
         if flow is None:
-            return entry
-        if len(self) >= self._most:
+            return _FLOWLESS[kind]
+        self._room -= 1
+        if self._room < 0:
+            self._room = self._most - 1
             for memo in (self._udp, self._tcp, self._icmp, self._entries, self._seen):
                 memo.clear()
         # One object for all looks of a kind, and one key for all entries of a flow: equal then mostly means identical.
-        known = self._seen.setdefault(flow, flow)
-        if known is not flow:
-            entry = Entry(entry.kind, known, entry.swapped, entry.protocol, entry.tcp_flags, entry.least)
-        entry = self._entries.setdefault(entry._same(), entry)
-        self._remember(packet, entry)
-        return entry
+        flow = self._seen.setdefault(flow, flow)
+        if kind in _REMEMBERED:
+            entry = Entry(kind, flow, swapped, protocol, flags, least)
+            if self._remember(packet, entry):
+                return entry
+        found = self._entries.get(facts)
+        if found is None:
+            found = self._entries[facts] = Entry(kind, flow, swapped, protocol, flags, least)
+        return found
 
-    def _remember(self, packet: memoryview, entry: Entry) -> None:
-        """Put `entry` where the fast look finds it, if `packet` is of the kind that it serves."""
+    def _remember(self, packet: memoryview, entry: Entry) -> bool:
+        """Put `entry` where the fast look finds it, if `packet` is of the kind that it serves; say whether."""
         at = 0
         if self._mode == "tap":
             at = 18 if packet[12] == 0x81 and packet[13] == 0 else 14
             if packet[at - 2] << 8 | packet[at - 1] != (0x0800 if packet[at] == 0x45 else 0x86DD):
-                return
+                return False
         head = bytes(packet[at : at + 54]) + _PADDING
         if head[0] == 0x45:
             _, total, shape, ends, size, flags = _IPV4.unpack_from(head)
@@ -318,14 +334,18 @@ class Meter:
             carried, protocol, ends, size, flags = _IPV6.unpack_from(head)
             echo, icmp = ends[:33], 58
             if head[0] >> 4 != 6:
-                return
+                return False
         if protocol == 17:
-            if size == carried:
-                self._udp[ends] = entry
+            if size != carried:
+                return False
+            self._udp[ends] = entry
         elif protocol == 6:
             self._tcp[ends, flags] = entry
         elif protocol == icmp:
             self._icmp[echo, size] = entry
+        else:
+            return False
+        return True
 
 
 _PADDING: Final = bytes(54 + 4)

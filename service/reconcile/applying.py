@@ -5,6 +5,7 @@ Commands that wait at the same time are surveyed for in one look and converged i
 """
 
 from collections.abc import Callable, Sequence
+from types import EllipsisType
 from typing import TypeVar
 
 from service.domain.errors import TunledgerError
@@ -19,7 +20,7 @@ from service.reconcile.converge import Result, Wanted, compare, converge_each, i
 from service.reconcile.crossing import Crossing
 from service.reconcile.hands import Hands
 
-Survey = tuple[tuple[InterfaceName, ...], bool]  # names, and whether the networks in use are wanted too
+Survey = tuple[tuple[str, ...], bool]  # keys of links, and whether the networks in use are wanted too
 T = TypeVar("T")
 
 
@@ -29,16 +30,38 @@ class Applying:
     def __init__(self, *, node: NodeId, applier: Applier, hands: Hands, crossing: Crossing) -> None:
         self.hands = hands
         self._node, self._applier, self._crossing = node, applier, crossing
+        self._formerly: dict[InterfaceId, frozenset[str | None]] = {}
 
     async def run(self, job: Callable[[], T]) -> T:
         """Do something in the applier's thread."""
         return await self._crossing.result(self._applier.run(job))
 
     def wanted(
-        self, interface_id: InterfaceId, name: InterfaceName, spec: InterfaceSpec | None, *, fresh: bool = False
+        self,
+        interface_id: InterfaceId,
+        name: InterfaceName,
+        spec: InterfaceSpec | None,
+        *,
+        fresh: bool = False,
+        netns: str | None = None,
+        before: str | EllipsisType | None = ...,
     ) -> Wanted:
-        """One interface as it shall be; see `Wanted`."""
-        return Wanted(Token(self._node, interface_id), name, spec, fresh)
+        """One interface as it shall be; see `Wanted`.
+
+        Args:
+            netns: where to look for one that shall be gone.
+            before: the network namespace that it is in until now, if it is in any.
+        """
+        netns = netns if spec is None else spec.netns
+        formerly = self.formerly(interface_id) if self._formerly else frozenset()
+        if before is not ...:
+            formerly |= {before}
+        left = formerly - {netns} if formerly else formerly
+        return Wanted(Token(self._node, interface_id), name, spec, fresh, netns, left)
+
+    def formerly(self, interface_id: InterfaceId) -> frozenset[str | None]:
+        """The network namespaces that an interface was to be in, where it was changed since the service began."""
+        return self._formerly.get(interface_id, frozenset())
 
     async def survey(self, survey: Survey) -> Host:
         """Who holds some names, and which networks others use."""
@@ -46,12 +69,15 @@ class Applying:
 
     def _survey_each(self, surveys: Sequence[Survey]) -> list[Host]:
         """In the applier's thread: one look for all that wait."""
-        names = {name for names, _networks in surveys for name in names}
-        host = self.hands.kernel.survey(names, self._node, networks=any(networks for _names, networks in surveys))
-        return [Host(host.occupants, host.networks if networks else ()) for _names, networks in surveys]
+        keys = {key for keys, _networks in surveys for key in keys}
+        host = self.hands.kernel.survey(keys, self._node, networks=any(networks for _keys, networks in surveys))
+        return [Host(host.occupants, host.networks if networks else (), host.closed) for _keys, networks in surveys]
 
     async def converge(self, wanted: Sequence[Wanted]) -> list[Result]:
         """Bring interfaces to what is wanted of them, in one batch with all that waits; errors are in the results."""
+        for each in wanted:
+            if each.formerly:  # from now on it may have left something there
+                self._formerly[each.id] = self.formerly(each.id) | each.formerly | {each.netns}
         try:
             return await self._crossing.result(self._applier.join(self._converge_each, wanted))
         except TunledgerError as error:
@@ -80,6 +106,6 @@ class Applying:
 
     async def observe(self, interfaces: Sequence[Interface]) -> dict[InterfaceId, Sight]:
         """What there is of these interfaces now."""
-        wanted = [self.wanted(i.id, i.name, i.wanted) for i in interfaces]
+        wanted = [self.wanted(i.id, i.name, i.wanted, netns=i.netns) for i in interfaces]
         seen, _ = await self.run(lambda: look(self.hands, wanted))
         return seen

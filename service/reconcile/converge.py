@@ -5,14 +5,13 @@ with the results is the engine's business. Many interfaces go together: one look
 one look again; one that fails, fails alone.
 """
 
-import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from service import failpoints
 from service.domain import steps as st
 from service.domain.errors import ErrorCode, TunledgerError
-from service.domain.observed import Observed, ObservedLink
+from service.domain.observed import Observed, ObservedLink, Place, link_key
 from service.domain.plan import Difference, Sight, differences, plan, verify
 from service.domain.spec import InterfaceSpec, Processing
 from service.domain.token import Token
@@ -26,12 +25,21 @@ class Wanted:
 
     Attributes:
         fresh: it cannot exist yet, so that a missing name needs no search for a renamed link.
+        netns: the network namespace that its link is, or was, to be in; None for the service's own.
+        formerly: those that it was to be in before; what it has there is to go.
     """
 
     token: Token
     name: InterfaceName
     spec: InterfaceSpec | None
     fresh: bool = False
+    netns: str | None = None
+    formerly: frozenset[str | None] = frozenset()
+
+    @property
+    def key(self) -> str:
+        """What its link goes by; see `link_key`."""
+        return link_key(self.netns, self.name)
 
     @property
     def id(self) -> InterfaceId:
@@ -74,8 +82,8 @@ def look(hands: Hands, wanted: Sequence[Wanted]) -> tuple[dict[InterfaceId, Sigh
     """What there is of these interfaces: by name when few are asked for, by token among all links where that fails."""
     attached = hands.dataplane.attached()
     few = len(wanted) <= max(FEW, hands.monitor.watching() // FEW_OF)
-    observed = hands.kernel.observe([w.name for w in wanted] if few else None)
-    if few and any(not w.fresh and not _bears(observed.links.get(w.name), w.token) for w in wanted):
+    observed = hands.kernel.observe([w.key for w in wanted] if few else None)
+    if few and any(not w.fresh and not _bears(observed.links.get(w.key), w.token) for w in wanted):
         observed = hands.kernel.observe()
     return sights(wanted, observed, attached, hands.monitor), observed
 
@@ -88,18 +96,21 @@ def sights(
 ) -> dict[InterfaceId, Sight]:
     """Match interfaces to links: a link under the wanted name counts first, then one that bears the token, then the
     one that was the interface's own until now and was watched all the time, whatever its alias says. `attached`
-    tells what workers hold, and do with it.
+    tells what workers hold, and do with it. A token counts in the network namespaces that the interface is or was to
+    be in: what others moved elsewhere is theirs to bring back.
     """
-    by_token = {link.token: link for link in observed.links.values() if link.token is not None}
-    by_index: Mapping[int, ObservedLink] | None = None
+    by_token = {(link.token, link.netns): link for link in observed.links.values() if link.token is not None}
+    by_place: Mapping[Place, ObservedLink] | None = None
     found: dict[InterfaceId, Sight] = {}
     for each in wanted:
-        named = observed.links.get(each.name)
-        link = named if _bears(named, each.token) else by_token.get(each.token)
-        if link is None and monitor is not None and (ifindex := monitor.holder(each.token)) is not None:
-            if by_index is None:
-                by_index = {link.ifindex: link for link in observed.links.values()}
-            link = by_index.get(ifindex)
+        named = observed.links.get(each.key)
+        link = named if _bears(named, each.token) else by_token.get((each.token, each.netns))
+        if link is None and each.formerly:
+            link = next((by_token[each.token, ns] for ns in each.formerly if (each.token, ns) in by_token), None)
+        if link is None and monitor is not None and (place := monitor.holder(each.token)) is not None:
+            if by_place is None:
+                by_place = {link.place: link for link in observed.links.values()}
+            link = by_place.get(place)
             if link is not None and (link.mode is None or link.token is not None):
                 link = None  # it says that it is another's
         found[each.id] = Sight(
@@ -107,6 +118,7 @@ def sights(
             attached=each.id in attached,
             applied=attached.get(each.id),
             occupant=named if named is not link else None,
+            blind=observed.closed.get(each.netns) if each.netns is not None else None,
         )
     return found
 
@@ -193,7 +205,7 @@ def remove_orphans(hands: Hands, orphans: Iterable[ObservedLink]) -> list[tuple[
     work = []
     for link in present:
         assert link.token is not None
-        work.append((link.token, [st.DeleteLink(link.name, link.ifindex, link.token)]))
+        work.append((link.token, [st.DeleteLink(link.name, link.ifindex, link.token, link.netns)]))
     return list(zip(present, hands.kernel.execute_many(work), strict=True))
 
 
@@ -240,7 +252,7 @@ def _carry_out(hands: Hands, under_way: Sequence[_UnderWay]) -> None:
             elif isinstance(step, st.ConfigureProcessing) and each.alive:
                 _configure(hands, each.result, step)
         if each.alive and each.sight.applied is not None and any(isinstance(step, st.SetMtu) for step in each.steps):
-            _tell_mtu(hands, each.result.wanted)
+            _tell_mtu(hands, each.result)
 
 
 def _stop(hands: Hands, result: Result, step: st.StopProcessing) -> None:
@@ -279,12 +291,16 @@ def _configure(hands: Hands, result: Result, step: st.ConfigureProcessing) -> No
         result.error = _worker_failed(step, error)
 
 
-def _tell_mtu(hands: Hands, wanted: Wanted) -> None:
-    """Tell the processors of a device that is read on; they take it as a hint, so it is no failure if none is there."""
-    applied = hands.dataplane.attached().get(wanted.id)
-    if applied is not None and applied.chain:
-        with contextlib.suppress(Exception):  # a worker that died will be told when it is replaced
-            hands.dataplane.configure(wanted.id, applied, _mtu(wanted))
+def _tell_mtu(hands: Hands, result: Result) -> None:
+    """Tell the processors of a device that is read on."""
+    applied = hands.dataplane.attached().get(result.wanted.id)
+    if applied is None or not applied.chain:
+        return
+    step = st.ConfigureProcessing(result.wanted.name, result.wanted.id, applied)
+    try:
+        hands.dataplane.configure(step.interface_id, applied, _mtu(result.wanted))
+    except Exception as error:  # noqa: BLE001  # as above
+        result.error = _worker_failed(step, error)
 
 
 def _mtu(wanted: Wanted) -> int:
@@ -294,13 +310,15 @@ def _mtu(wanted: Wanted) -> int:
 
 def _worker_failed(step: st.Step, error: Exception) -> TunledgerError:
     retry = bool(getattr(error, "retry", True))  # the data plane's own errors know; anything else may pass
+    if getattr(error, "code", None) == "stage_refused":  # it is the user's to change
+        return TunledgerError(ErrorCode.INVALID_FIELD, f"processing.chain: {error}", field="processing.chain")
     return TunledgerError(ErrorCode.WORKER_FAILED, f"{step}: {error}", retry=retry)
 
 
 def _settle(hands: Hands, mark: int, agreed: Sequence[Result]) -> None:
     """Tell the monitor what a look found to be as wanted."""
     links = [r.link for r in agreed if r.wanted.spec is not None and _bears(r.link, r.wanted.token)]
-    gone = [r.last_link.ifindex for r in agreed if r.wanted.spec is None and r.last_link is not None]
+    gone = [r.last_link.place for r in agreed if r.wanted.spec is None and r.last_link is not None]
     hands.monitor.settled(mark, [link for link in links if link is not None], gone)
 
 

@@ -44,11 +44,12 @@ class Counting:
         self._sampling = asyncio.Lock()
         self._sampled = 0.0
 
-    async def sample(self, names: Callable[[], Mapping[InterfaceId, str]], *, at_most_every_s: float = 0.0) -> None:
+    async def sample(self, keys: Callable[[], Mapping[InterfaceId, str]], *, at_most_every_s: float = 0.0) -> None:
         """Read all counters and store them; durable when it returns.
 
         Args:
-            names: of the declared interfaces, by id, as they are when the counters have been read.
+            keys: of the links of the declared interfaces, by id (`observed.link_key`), as they are when the counters
+                have been read.
             at_most_every_s: do nothing if the last sample is younger than this.
 
         Raises:
@@ -59,9 +60,11 @@ class Counting:
                 return
             failpoints.reach("counting.sample.before")
             links: list[ObservedLink] = await self._apply(self._hands.kernel.sample)
-            declared = names()
+            declared = keys()
             readings = [
-                self.book.take(kernel_reading(link.token.interface_id, self._boot_id, link.ifindex, link.counters))
+                self.book.take(
+                    kernel_reading(link.token.interface_id, self._boot_id, link.ifindex, link.counters, link.netns)
+                )
                 for link in one_each(links, self._node, declared)
                 if link.token is not None
             ]
@@ -89,7 +92,9 @@ class Counting:
         for result in results:
             if result.last_link is not None:
                 link = result.last_link
-                readings.append(kernel_reading(result.wanted.id, self._boot_id, link.ifindex, link.counters))
+                readings.append(
+                    kernel_reading(result.wanted.id, self._boot_id, link.ifindex, link.counters, link.netns)
+                )
             if result.last_figures is not None:
                 last = result.last_figures
                 readings.append(worker_reading(result.wanted.id, last.session, last.from_kernel, last.to_kernel))

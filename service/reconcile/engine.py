@@ -16,6 +16,7 @@ netlink.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, assert_never
@@ -27,15 +28,15 @@ from service import failpoints
 from service.domain import commands as cmd
 from service.domain import events as ev
 from service.domain.counters import Book, Reading
-from service.domain.decide import decide
+from service.domain.decide import decide, refuse_unknown_processors
 from service.domain.errors import ErrorCode, TunledgerError
-from service.domain.observed import Host, ObservedLink
+from service.domain.observed import Host, ObservedLink, link_key
 from service.domain.plan import Difference, Sight, differences, plan
 from service.domain.spec import InterfaceSpec
 from service.domain.state import Interface, State
 from service.domain.steps import Step
 from service.domain.token import Token
-from service.domain.values import CommandId, InterfaceId, InterfaceName, NodeId
+from service.domain.values import CommandId, InterfaceId, InterfaceName, NodeId, parse_netns
 from service.reconcile.answer import Answer, Clock, Preview, Renderer
 from service.reconcile.applier import Applier
 from service.reconcile.applying import Applying
@@ -95,11 +96,13 @@ class Engine:
         frozen: TunledgerError | None = None,
         obstacle: Callable[[], str | None] = lambda: None,
         keeper: CounterKeeper | None = None,
+        processors: Collection[str] = (),
     ) -> None:
         self.node, self.state = node, state
         self._writer, self._hands = writer, hands
         self._clock, self._render, self._publish = clock, render, publish
         self._obstacle = obstacle
+        self._processors = frozenset(processors)  # of other packages
         self._crossing = Crossing()
         self._journal = Journal(
             node=node, state=state, writer=writer, clock=clock, crossing=self._crossing, frozen=frozen
@@ -212,7 +215,7 @@ class Engine:
         """
         async with self._locks.hold([cmd.target(command) for command in submission.commands]):
             # What is under way on these interfaces is waited for, as the command itself would.
-            intents = decide(self._journal.state, submission, await self._survey(submission), self._journal.new_id)
+            intents = await self._decide(submission)
         wanted = [self._finishing.wanted_by(intent) for intent in intents]
 
         def look_and_plan() -> list[tuple[InterfaceName, tuple[Difference, ...], tuple[Step, ...]]]:
@@ -227,6 +230,11 @@ class Engine:
             ]
 
         return Preview(tuple(intents), tuple(await self._applying.run(look_and_plan)))
+
+    async def _decide(self, submission: cmd.Submission) -> list[ev.Intent]:
+        intents = decide(self._journal.state, submission, await self._survey(submission), self._journal.new_id)
+        refuse_unknown_processors(self._journal.state, intents, self._processors)
+        return intents
 
     async def confirm(self, submission: cmd.Submission) -> Reply:
         """Make a change stay that awaits confirmation: the one of command `submission.request.confirms`.
@@ -322,7 +330,7 @@ class Engine:
             keys.append("/classic")  # no interface can have this name: at most one is made by that API at a time
         async with self._locks.hold(keys):
             try:
-                intents = decide(self._journal.state, submission, await self._survey(submission), self._journal.new_id)
+                intents = await self._decide(submission)
             except TunledgerError as refusal:
                 kind = type(submission.commands[0]).__name__ if len(names) == 1 else "Batch"
                 name = names[0] if len(names) == 1 else ""
@@ -334,11 +342,28 @@ class Engine:
         """What the commands are judged against: who holds their names, and which networks others use; without a look
         at the host where neither is asked for.
         """
-        names = tuple(cmd.target(command) for command in submission.commands if _may_declare(command))
         networks = any(_may_overlap(command) for command in submission.commands)
-        if not names and not networks:
+        asked = [command for command in submission.commands if networks or self._is_new(command)]
+        if not asked:
             return Host()
-        return await self._applying.survey((names, networks))
+        keys = tuple(link_key(self._netns_of(command), cmd.target(command)) for command in asked)
+        return await self._applying.survey((keys, networks))
+
+    def _is_new(self, command: cmd.Command) -> bool:
+        """Whether a command may make an interface, or have it in another network namespace."""
+        return _may_declare(command) or (isinstance(command, cmd.PatchInterface) and "netns" in command.patch)
+
+    def _netns_of(self, command: cmd.Command) -> str | None:
+        """The network namespace in which a command will have its interface, as far as it makes sense."""
+        interface = self.state.find(cmd.target(command))
+        present = interface.netns if interface is not None else None
+        match command:
+            case cmd.DeclareInterface() | cmd.ReplaceInterface():
+                return command.spec.netns
+            case cmd.PatchInterface() if "netns" in command.patch:
+                with contextlib.suppress(TunledgerError):  # which `decide` will say
+                    return parse_netns(command.patch["netns"]) if command.patch["netns"] is not None else None
+        return present
 
     # -- reconciling
 
@@ -441,15 +466,23 @@ class Engine:
 
     # -- workers
 
-    def worker_exited(self, worker: int, pid: int, status: str, last: Sequence[Reading]) -> None:
-        """From any thread: a worker died. Record it, keep what it had counted, give its devices to its successor."""
+    def worker_exited(
+        self, worker: int, pid: int, status: str, last: Sequence[Reading], crash: ev.ProcessorCrashed | None = None
+    ) -> None:
+        """From any thread: a worker died, perhaps of a processor. Record it, keep what it had counted, give its devices
+        to its successor.
+        """
         loop = self._loop
         if loop is not None and not self._closing:
             loop.call_soon_threadsafe(
-                lambda: self._spawn(self._replace_worker(worker, pid, status, last)) if not self._closing else None
+                lambda: (
+                    self._spawn(self._replace_worker(worker, pid, status, last, crash)) if not self._closing else None
+                )
             )
 
-    async def _replace_worker(self, worker: int, pid: int, status: str, last: Sequence[Reading]) -> None:
+    async def _replace_worker(
+        self, worker: int, pid: int, status: str, last: Sequence[Reading], crash: ev.ProcessorCrashed | None
+    ) -> None:
         lost = frozenset(reading.interface_id for reading in last)
         names: list[str] = sorted(i.name for i in self.state.interfaces.values() if i.id in lost)
         log.error("a packet worker died", worker=worker, pid=pid, status=status, devices=names)
@@ -457,7 +490,11 @@ class Engine:
         try:
             body = ev.WorkerExited(worker=worker, pid=pid, status=status, devices=names)
             counted = self._counting.job([self._counting.book.take(reading) for reading in last])
-            await self._journal.append([self._journal.of_node(body)], counted)
+            drafts = [self._journal.of_node(body)]
+            if crash is not None and crash.interface_id in self.state.interfaces:
+                log.error("a processor crashed", name=crash.name, processor=crash.processor, error=crash.error)
+                drafts.append(self._journal.draft(ev.interface_stream(crash.interface_id), crash))
+            await self._journal.append(drafts, counted)
             failpoints.reach("engine.worker_exit.recorded")
             await self.reconcile(cause="worker_exit", only=lost)
             failpoints.reach("engine.worker_exit.after")
@@ -478,10 +515,10 @@ class Engine:
             TunledgerError: the kernel's or the log's refusal.
         """
         if self._journal.frozen is None:
-            await self._counting.sample(self._names, at_most_every_s=at_most_every_s)
+            await self._counting.sample(self._keys_of_links, at_most_every_s=at_most_every_s)
 
-    def _names(self) -> dict[InterfaceId, str]:
-        return {i.id: i.name for i in self.state.interfaces.values()}
+    def _keys_of_links(self) -> dict[InterfaceId, str]:
+        return {i.id: link_key(i.netns, i.name) for i in self.state.interfaces.values()}
 
     def totals(self, interface_id: InterfaceId) -> dict[str, dict[str, int]]:
         """Lifetime totals by source, as of the last sample."""
@@ -569,7 +606,7 @@ class Engine:
             return
         failpoints.reach("engine.stop.recorded")
         settled = [i for i in self.state.interfaces.values() if i.pending is None and i.spec is not None]
-        wanted = [self._applying.wanted(i.id, i.name, _at_rest(i.spec, interfaces)) for i in settled]
+        wanted = [self._applying.wanted(i.id, i.name, _at_rest(i.spec, interfaces), netns=i.netns) for i in settled]
         if not wanted:
             return
         try:
@@ -617,7 +654,7 @@ def _may_overlap(command: cmd.Command) -> bool:
         case cmd.DeclareInterface() | cmd.ReplaceInterface():
             return not command.allow_overlap and bool(command.spec.addresses)
         case cmd.PatchInterface():
-            return not command.allow_overlap and "addresses" in command.patch
+            return not command.allow_overlap and not {"addresses", "netns"}.isdisjoint(command.patch)
         case cmd.ConfigureInterface():
             return not command.allow_overlap and (command.ip is not None or command.netmask is not None)
         case cmd.EnableProcessing() | cmd.DisableProcessing() | cmd.RetireInterface():

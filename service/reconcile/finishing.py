@@ -178,7 +178,10 @@ class Finishing:
     async def _undo(self, wanted: Sequence[Wanted]) -> bool:
         """Bring the host back to what it was before pending intents; whether that worked."""
         failpoints.reach("engine.undo.before")
-        previous = [self._applying.wanted(w.id, w.name, self._journal.state.interfaces[w.id].spec) for w in wanted]
+        before = self._journal.state.interfaces
+        previous = [
+            self._applying.wanted(w.id, w.name, before[w.id].spec, netns=w.netns, before=w.netns) for w in wanted
+        ]
         results = await self._applying.converge(previous)
         failpoints.reach("engine.undo.after")
         for result in results:
@@ -190,7 +193,14 @@ class Finishing:
     def wanted_by(self, intent: ev.Intent) -> Wanted:
         """What an intent wants of its interface."""
         before = self._journal.state.interfaces.get(intent.interface_id)
-        return self._applying.wanted(intent.interface_id, intent.name, intended(intent, before), fresh=before is None)
+        return self._applying.wanted(
+            intent.interface_id,
+            intent.name,
+            intended(intent, before),
+            fresh=before is None,
+            netns=before.netns if before is not None else None,
+            before=before.spec.netns if before is not None and before.spec is not None else ...,
+        )
 
 
 def _outcome(result: Result, failed: Result | None, by: ev.FinishedBy, took_us: int, *, undone: bool) -> ev.Outcome:

@@ -8,14 +8,17 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from service.domain.errors import TunledgerError
-from service.domain.observed import Host, Observed, ObservedLink
+from service.domain.observed import Host, Observed, ObservedLink, Place
 from service.domain.spec import Processing
 from service.domain.steps import COUNT_ONLY, StartProcessing, Step
 from service.domain.token import Token
 
 
 class Kernel(Protocol):
-    """Looks at links and carries out steps. Every method raises TunledgerError."""
+    """Looks at links and carries out steps, in all network namespaces. Every method raises TunledgerError.
+
+    Names of links are their keys: "tun0", or "blue/tun0" in a network namespace (`observed.link_key`).
+    """
 
     def observe(self, names: Collection[str] | None = None) -> Observed:
         """Links with these names, or all."""
@@ -53,13 +56,15 @@ class News(Protocol):
     """What may have changed on the host since it was last asked for."""
 
     @property
-    def changed(self) -> Mapping[int, Token]: ...
+    def changed(self) -> Mapping[Place, Token]: ...
     @property
-    def gone(self) -> Mapping[int, Token]: ...
+    def gone(self) -> Mapping[Place, Token]: ...
     @property
-    def moved(self) -> Mapping[int, str]: ...
+    def moved(self) -> Mapping[Place, str]: ...
     @property
     def names(self) -> frozenset[str]: ...
+    @property
+    def namespaces(self) -> Mapping[str, str]: ...
     @property
     def lost(self) -> bool: ...
 
@@ -71,12 +76,12 @@ class Monitor(Protocol):
         """Hear all that is queued. To be called before a look; the mark it gives is for `settled`."""
         ...
 
-    def settled(self, mark: int, links: Iterable[ObservedLink], gone: Collection[int] = ()) -> None:
-        """A look that began after `mark` saw these links to be ours and as wanted, and these ifindexes gone."""
+    def settled(self, mark: int, links: Iterable[ObservedLink], gone: Collection[Place] = ()) -> None:
+        """A look that began after `mark` saw these links to be ours and as wanted, and these gone."""
         ...
 
-    def holder(self, token: Token) -> int | None:
-        """The ifindex of the link that was seen with this token, and is the same device still; None if none is."""
+    def holder(self, token: Token) -> Place | None:
+        """The place of the link that was seen with this token, and is the same device still; None if none is."""
         ...
 
     def watching(self) -> int:
@@ -93,10 +98,11 @@ class Monitor(Protocol):
 
 
 class _NoNews:
-    changed: Mapping[int, Token] = {}
-    gone: Mapping[int, Token] = {}
-    moved: Mapping[int, str] = {}
+    changed: Mapping[Place, Token] = {}
+    gone: Mapping[Place, Token] = {}
+    moved: Mapping[Place, str] = {}
     names: frozenset[str] = frozenset()
+    namespaces: Mapping[str, str] = {}
     lost = False
 
 
@@ -107,10 +113,10 @@ class NoMonitor:
         """Nothing is heard."""
         return 0
 
-    def settled(self, mark: int, links: Iterable[ObservedLink], gone: Collection[int] = ()) -> None:
+    def settled(self, mark: int, links: Iterable[ObservedLink], gone: Collection[Place] = ()) -> None:
         """Nothing is remembered."""
 
-    def holder(self, token: Token) -> int | None:
+    def holder(self, token: Token) -> Place | None:
         """Nothing is vouched for."""
         del token
         return None

@@ -132,7 +132,8 @@ class Mending:
         body: ev.Event
         if result.error is None:
             steps = [str(step) for step in result.steps]
-            (summary.recreated if found.link is None else summary.repaired).append(wanted.name)
+            anew = found.link is None and wanted.spec is not None
+            (summary.recreated if anew else summary.repaired).append(wanted.name)
             if wanted.spec is not None and wanted.spec.processing.running and _starts(result):
                 summary.processing_resumed.append(wanted.name)
             body = ev.DriftRepaired(interface_id=wanted.id, name=wanted.name, steps=steps, took_us=took_us)
@@ -172,7 +173,9 @@ def _own_part(result: Result, *, starting: bool, asked: bool) -> Result | None:
     if wanted.spec is None or wanted.spec.drift is not Drift.REPORT or asked or (starting and link is None):
         return result
     if link is None:
-        return None
+        # A descriptor that nobody can want any more must not keep a network namespace alive.
+        let_go = wanted.netns is not None and result.sight.attached and result.sight.blind is None
+        return replace(result, wanted=replace(wanted, spec=None)) if let_go else None
     left = replace(wanted, spec=leave_be(wanted.spec, link))
     found = differences(wanted.token, wanted.name, left.spec, result.sight)
     ours = tuple(d for d in found if d.path == f"{wanted.name}.processing.running")

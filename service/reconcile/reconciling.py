@@ -71,7 +71,7 @@ class Reconciling:
         looked = await self._applying.look_at_all(settled)
         _orphans, unheard = await self._orphans.undeclared(looked[0])
         if unheard:
-            named = ", ".join(f"{link.name} (ifindex {link.ifindex})" for link in unheard)
+            named = ", ".join(f"{link.key} (ifindex {link.ifindex})" for link in unheard)
             self._journal.freeze(
                 f"the log has never heard of {named}, which carry this node's token: it has lost its end, or is an "
                 "older copy. Nothing is changed. Restore the whole log; or, if this one is to count, remove them "
@@ -166,7 +166,12 @@ class Reconciling:
         for command_id, group in commands.items():
             pending = group[0].pending
             assert pending is not None
-            wanted = [self._applying.wanted(i.id, i.name, i.wanted) for i in group]
+            wanted = [
+                self._applying.wanted(
+                    i.id, i.name, i.wanted, netns=i.netns, before=i.spec.netns if i.spec is not None else ...
+                )
+                for i in group
+            ]
             names = [i.name for i in group]
             failpoints.reach("engine.recover.before")
             try:

@@ -5,7 +5,7 @@ is news worth an event; it records nothing itself. A failing repair backs off; o
 minute does not hold, so the interface is contested, and its repairs slow down until it has been quiet for a while.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 from service.domain.errors import TunledgerError
@@ -170,10 +170,13 @@ class Troubles:
             return contest.next_look if contest is not None else float("inf")
         return max(failing.next_try, contest.trouble.next_try if contest is not None else 0.0)
 
-    def hurry(self) -> None:
-        """Somebody asks: everything may be tried at once."""
+    def hurry(self, only: Collection[InterfaceId] | None = None) -> None:
+        """Everything may be tried at once, since somebody asks; or what failed of `only`: its reason may be over."""
         for each, trouble in self._failing.items():
-            self._failing[each] = replace(trouble, next_try=0.0)
+            if only is None or each in only:
+                self._failing[each] = replace(trouble, next_try=0.0)
+        if only is not None:
+            return
         for contest in self._contests.values():
             contest.trouble, contest.differs = replace(contest.trouble, next_try=0.0), True
 

@@ -69,13 +69,17 @@ class Wakeups:
             if news.lost:
                 log.warning("messages of the kernel were lost: everything is looked at")
                 self.everything_due = True
-            for ifindex, token in (*news.changed.items(), *news.gone.items()):
+            for place, token in (*news.changed.items(), *news.gone.items()):
                 if token.node == self._journal.node and token.interface_id in known:
-                    causes[token.interface_id] = news.moved.get(ifindex, "outside")
+                    causes[token.interface_id] = news.moved.get(place, "outside")
             for name in news.names:
                 interface = self._journal.state.find(name)
                 if interface is not None:
                     causes.setdefault(interface.id, "outside")
+            if news.namespaces:
+                inside = {i.id: i.netns for i in known.values() if i.netns in news.namespaces}
+                causes |= {each: news.namespaces[netns] for each, netns in inside.items() if netns is not None}
+                self._troubles.hurry(inside)  # what failed for want of it has no reason to wait
         for each in (*self._later, *self._troubles.due(time.monotonic())):
             causes.setdefault(each, "outside")
         self._later = {each for each in causes if self._is_busy(each)}

@@ -1,5 +1,6 @@
 """Options, exit statuses and output that programs can read. Status: 0 done, 1 refused, 2 usage, 3 nobody answers."""
 
+import errno
 import fcntl
 import http.server
 import json
@@ -11,19 +12,25 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from service import __version__
 from service.api.events import desired_json
+from service.cli import doctor
 from service.cli.client import url_of
 from service.config import SETTINGS
+from service.domain.spec import InterfaceSpec
+from service.domain.state import Interface
 from service.domain.steps import CreateLink
 from service.domain.token import Token
 from service.domain.values import InterfaceId, InterfaceName, Mode, NodeId
+from service.kernel import doorway
 from service.kernel.linux import LinuxKernel
 from service.store.database import newest
 from service.store.reader import LogReader
 from tests.cli.conftest import Tunledger
+from tests.netns import named
 
 COMMANDS = ["serve", "migrate", "status", "history", "counters", "verify", "doctor", "config"]
 
@@ -354,6 +361,32 @@ def test_doctor_finds_a_healthy_host_healthy(lived: Tunledger, netns: None) -> N
     table = lived.process("doctor")
     assert table.status == 0
     assert table.out.splitlines()[0].split()[:3] == ["CHECK", "STATE", "FOUND"]
+
+
+@pytest.mark.kernel
+def test_doctor_looks_into_the_namespaces_that_interfaces_live_in(netns: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_fd: int) -> None:
+        raise PermissionError(errno.EPERM, "no")
+
+    one = Interface(
+        id=InterfaceId("1"),
+        name=InterfaceName("tun0"),
+        via="v1",
+        declared_at="",
+        version=1,
+        spec=InterfaceSpec(name=InterfaceName("tun0"), netns="tltnowhere"),
+    )
+    (missing,) = doctor._namespaces({one.id: one})
+    assert (missing.check, missing.state, missing.mend) == ("namespaces", "FAIL", "ip netns add tltnowhere")
+    with named() as blue:
+        there = msgspec.structs.replace(one, spec=InterfaceSpec(name=one.name, netns=blue.name))
+        (found,) = doctor._namespaces({one.id: there})
+        assert found.state == "ok"
+        monkeypatch.setattr(doorway, "set_namespace", refuse)
+        (closed,) = doctor._namespaces({one.id: there})
+        assert "CAP_SYS_ADMIN" in closed.found
+        assert "CAP_SYS_ADMIN" in closed.mend
+    assert doctor._namespaces({}) == []
 
 
 @pytest.mark.kernel

@@ -88,7 +88,7 @@ def test_all_problems_of_all_sources_come_at_once(tmp_path: Path) -> None:
         ),
         ('{"counters": {"interval_s": 0.9}}', "counters.interval_s: given 0.9, wanted a number from 1 to 3600"),
         ('{"shutdown": {"timeout_s": 601}}', "shutdown.timeout_s: given 601, wanted a number from 1 to 600"),
-        ('{"dataplane": {"workers": 0}}', "dataplane.workers: given 0, wanted a whole number from 1 to 64"),
+        ('{"dataplane": {"workers": -1}}', "dataplane.workers: given -1, wanted a whole number from 0 to 64"),
         (
             '{"logging": {"packets_per_s": -1}}',
             "logging.packets_per_s: given -1, wanted a whole number from 0 to 1000000",
@@ -231,7 +231,7 @@ def test_flag_for_no_setting_and_typed_flags_of_the_wrong_type(tmp_path: Path) -
         "flag --set: server.prt: given an unknown key; did you mean 'server.port'?",
         "flag --port: server.port: given true, wanted a whole number from 0 to 65535",
         "flag --name: interface.name: given 7, wanted text",
-        "flag --workers: dataplane.workers: given 2, wanted a whole number from 1 to 64",
+        "flag --workers: dataplane.workers: given 2, wanted a whole number from 0 to 64",
     ]
 
 

@@ -154,5 +154,6 @@ class Sink(Processor):
 
     def take_file(self, fd: int) -> None:
         """Write there from now on."""
-        self._fd = fd
+        os.dup2(fd, self._fd, inheritable=False)
+        os.close(fd)
         self.context.count("files")

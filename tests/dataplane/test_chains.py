@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from service.dataplane import syscalls
 from service.dataplane.supervisor import DataplaneError, Supervisor
 from service.dataplane.work import Work
 from tests.dataplane.conftest import Observed, StartSupervisor, Until
@@ -186,6 +187,7 @@ def test_devices_that_come_to_exchange_packets_are_brought_together_without_a_lo
     source.socket.send(IPV4_UDP)
     assert target.socket.recv(100) == IPV4_UDP
     until(lambda: drops(supervisor, "b") == {"end_of_chain": 2})
+    until(lambda: supervisor.counters()["b"].to_kernel)
     counters = supervisor.counters()["b"]
     assert counters.session == session, "its figures go on"
     assert counters.from_kernel == {"ipv4.udp": (1, 28), "malformed.bad_version": (1, 10)}
@@ -196,3 +198,17 @@ def test_devices_that_come_to_exchange_packets_are_brought_together_without_a_lo
     third.socket.send(IPV4_UDP)
     assert source.socket.recv(100) == IPV4_UDP
     assert (observed.exits, observed.lost) == ([], [])
+
+
+def test_a_processor_can_open_nothing_and_start_nothing(
+    start: Start, feed: MakeFeed, until: Until, observed: Observed
+) -> None:
+    if not syscalls.available():
+        pytest.skip("missing: a seccomp filter for this machine")
+    supervisor = start()
+    device = feed()
+    supervisor.attach("a", device.fd, mode="tun", work=chain({"processor": "open"}))
+    device.socket.send(IPV4_UDP)
+    # The one thing that works is another thread.
+    until(lambda: supervisor.stages("a")[0].figures == {"refused": 12, "worked": 1})
+    assert observed.exits == []

@@ -53,8 +53,9 @@ def tcp(flags: int, size: int = 0) -> bytes:
     return head + struct.pack("!HHIIBBHHH", 4000, 80, 1, 2, 0x50, flags, 512, 0, 0) + bytes(size)
 
 
+few = st.sampled_from((udp(1, 2), udp(2, 1), udp(1, 2, 50), tcp(0x02), tcp(0x10, 5)))
 batches = st.lists(
-    st.tuples(st.lists(strategies.octets, max_size=8), st.sampled_from(("from_kernel", "to_kernel"))), max_size=6
+    st.tuples(st.lists(few | strategies.octets, max_size=8), st.sampled_from(("from_kernel", "to_kernel"))), max_size=6
 )
 frame_batches = st.lists(
     st.tuples(st.lists(strategies.frames, max_size=8), st.sampled_from(("from_kernel", "to_kernel"))), max_size=6
@@ -130,6 +131,16 @@ def test_a_flow_is_one_row_with_both_directions() -> None:
         assert [row.ends.protocol for row in reader.top(9, "packets")] == [17, 6]
 
 
+def test_a_flow_begins_with_its_first_packet_in_either_direction() -> None:
+    with inspecting() as (stage, reader, _):
+        run(stage, [udp(8, 9)], time_ns=1)
+        run(stage, [udp(2, 1)], direction="to_kernel", time_ns=2)
+        run(stage, [udp(1, 2)], time_ns=3)
+        stage.tick(4)
+        times = {row.ends.first_port: (row.first_seen_ns, row.last_seen_ns) for row in reader.rows()}
+        assert times == {1008: (1, 1), 1001: (2, 3)}
+
+
 def test_the_least_recently_seen_flow_makes_room_and_is_counted() -> None:
     with inspecting(flows=16) as (stage, reader, context):
         for number in range(1, 17):
@@ -164,13 +175,14 @@ def test_a_segment_counts_as_its_packets_on_the_wire() -> None:
         assert (row.packets, row.wire_packets_there) == (3, 10)
 
 
-def test_under_load_the_ring_holds_packets_in_a_row() -> None:
+def test_under_load_the_ring_holds_the_latest_and_says_what_is_missing() -> None:
     with inspecting(packets=4) as (stage, reader, _):
-        for number in range(100):
-            run(stage, [udp(1, 2, number)], time_ns=WINDOW_NS + number)
-        assert [head.length for head in reader.packets()] == [28, 29, 30, 31]
-        run(stage, [udp(1, 2, 200)], time_ns=3 * WINDOW_NS)
-        assert [head.length for head in reader.packets()] == [29, 30, 31, 228]
+        for number in range(0, 60, 10):
+            run(stage, [udp(1, 2, size) for size in range(number, number + 10)], time_ns=WINDOW_NS + number)
+        assert [head.length - 28 for head in reader.packets()] == [48, 49, 58, 59]
+        assert [head.number for head in reader.packets()] == [49, 50, 59, 60]
+        run(stage, [udp(1, 2, size) for size in range(10)], time_ns=3 * WINDOW_NS)
+        assert [head.length - 28 for head in reader.packets()] == [0, 1, 2, 3]
 
 
 def test_a_table_without_packets_keeps_none() -> None:

@@ -1,6 +1,7 @@
 """Planning, case by case: each folder in `plans/` is a host, what is desired of it, and the plan.
 
-`desired` is a spec, or a name with `"retired": true`. `observed` has the links (ours but for `"stranger": true`; one
+`desired` is a spec, or a name (and "netns") with `"retired": true`. `observed` has the network namespaces besides our
+own (`namespaces`) and the links (ours but for `"stranger": true`; one
 with an `"alias"` was ours until that was written over it, and watched all the time), whether a worker reads the device,
 and what it was told to do (`applied`). `plan` has one step on a line, or `refused: CODE`. Every plan is also carried
 out on the fake kernel, where it has to arrive. A new case is a new folder.
@@ -14,12 +15,13 @@ import pytest
 
 from service.domain import steps as st
 from service.domain.errors import ErrorCode, TunledgerError
-from service.domain.observed import ObservedLink
+from service.domain.observed import ObservedLink, Place, link_key
 from service.domain.plan import Difference, Sight, differences, plan, verify
 from service.domain.spec import InterfaceSpec, Processing, parse_spec
 from service.domain.token import Token
 from service.domain.values import Address, InterfaceName, Mode
-from service.kernel.fake import FakeKernel
+from service.kernel.fake import FakeKernel, FakeNamespaces
+from service.kernel.namespaces import HostKernel
 from service.reconcile.converge import Wanted, sights
 from service.reconcile.hands import NoMonitor
 from tests.domain.builders import addr, interface_id, name, spec, token
@@ -29,10 +31,12 @@ OURS = token()
 INSPECT = [{"processor": "inspect"}]
 
 
-def host_of(observed: dict[str, Any]) -> FakeKernel:
+def host_of(observed: dict[str, Any]) -> FakeNamespaces:
     """A fake host with these links, each made as its maker would."""
-    kernel = FakeKernel(vouched=lambda _ifindex, _token: True)
+    namespaces = FakeNamespaces(FakeKernel(vouched=lambda _ifindex, _token: True))
+    inside = {netns: namespaces.add(netns) for netns in observed.get("namespaces", ())}
     for number, link in enumerate(observed["links"]):
+        kernel = inside[link["netns"]] if "netns" in link else namespaces.own
         mode = None if link["mode"] is None else Mode(link["mode"])
         called, alias = link["name"], "" if link.get("stranger") else link.get("alias", str(OURS))
         if link.get("multi_queue"):
@@ -57,28 +61,30 @@ def host_of(observed: dict[str, Any]) -> FakeKernel:
         if not link.get("persist", True):
             kernel.outside.hold(called)
             kernel.outside.not_persistent(called)
-    kernel.executed.clear()
-    return kernel
+    return namespaces
 
 
 class Watching(NoMonitor):
     """Vouches for one link."""
 
-    def __init__(self, ifindex: int | None) -> None:
-        self._ifindex = ifindex
+    def __init__(self, place: Place | None) -> None:
+        self._place = place
 
-    def holder(self, token: Token) -> int | None:
+    def holder(self, token: Token) -> Place | None:
         assert token == OURS
-        return self._ifindex
+        return self._place
 
 
-def sight_of(kernel: FakeKernel, called: str, attached: Processing | None, watched: int | None = None) -> Sight:
+def sight_of(
+    kernel: HostKernel, called: str, netns: str | None, attached: Processing | None, watched: Place | None = None
+) -> Sight:
     devices: dict[str, Processing] = {} if attached is None else {OURS.interface_id: attached}
-    wanted = [Wanted(OURS, InterfaceName(called), None)]
+    wanted = [Wanted(OURS, InterfaceName(called), None, netns=netns, formerly=frozenset({None, "blue"} - {netns}))]
+    kernel.observe([each.key for each in wanted])  # so that its namespace is in use
     return sights(wanted, kernel.observe(), devices, Watching(watched))[OURS.interface_id]
 
 
-def carry_out(kernel: FakeKernel, steps: tuple[st.Step, ...], attached: Processing | None) -> Processing | None:
+def carry_out(kernel: HostKernel, steps: tuple[st.Step, ...], attached: Processing | None) -> Processing | None:
     """As converge does; gives what a worker does with the device afterwards."""
     for step in steps:
         match step:
@@ -97,8 +103,8 @@ def carry_out(kernel: FakeKernel, steps: tuple[st.Step, ...], attached: Processi
     return attached
 
 
-def strangers(kernel: FakeKernel) -> dict[int, ObservedLink]:
-    return {link.ifindex: link for link in kernel.observe().links.values() if link.token != OURS}
+def strangers(kernel: HostKernel) -> dict[Place, ObservedLink]:
+    return {link.place: link for link in kernel.observe().links.values() if link.token != OURS}
 
 
 CASES = sorted(path.name for path in PLANS.iterdir())
@@ -109,13 +115,16 @@ def test_plan(case: str) -> None:
     desired = json.loads((PLANS / case / "desired").read_text())
     observed = json.loads((PLANS / case / "observed").read_text())
     expected = (PLANS / case / "plan").read_text().splitlines()
-    kernel = host_of(observed)
+    kernel = host_of(observed).host()
     told = parse_spec({"name": "x", "processing": {"running": True, **observed.get("applied", {})}}).processing
     attached = told if observed["attached"] else None
     called, wanted = name(desired["name"]), None if desired.get("retired") else parse_spec(desired)
-    links = kernel.observe().links
-    watched = next((links[link["name"]].ifindex for link in observed["links"] if "alias" in link), None)
-    sight = sight_of(kernel, called, attached, watched)
+    netns = desired.get("netns")
+    watched_key = next(
+        (link_key(link.get("netns"), link["name"]) for link in observed["links"] if "alias" in link), None
+    )
+    watched = kernel.observe([watched_key]).links[watched_key].place if watched_key is not None else None
+    sight = sight_of(kernel, called, netns, attached, watched)
     try:
         steps = plan(OURS, called, wanted, sight)
     except TunledgerError as refused:
@@ -123,9 +132,9 @@ def test_plan(case: str) -> None:
         return
     assert [str(step) for step in steps] == expected
     assert bool(differences(OURS, called, wanted, sight)) is bool(steps), "no step without a difference, and vice versa"
-    before = {index: link for index, link in strangers(kernel).items() if index != watched}
+    before = {place: link for place, link in strangers(kernel).items() if place != watched}
     attached = carry_out(kernel, steps, attached)
-    after = sight_of(kernel, called, attached)
+    after = sight_of(kernel, called, netns, attached)
     assert differences(OURS, called, wanted, after) == ()
     assert plan(OURS, called, wanted, after) == ()
     verify(OURS, called, wanted, after)

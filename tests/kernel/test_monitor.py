@@ -20,7 +20,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as some
 
-from service.domain.observed import ObservedLink
+from service.domain.observed import ObservedLink, Place
 from service.domain.token import Token
 from service.domain.values import Address, InterfaceId, Mode, NodeId
 from service.kernel import monitor as module
@@ -120,7 +120,7 @@ def test_a_message_that_says_something_else_than_was_seen_is_news(change: dict[s
     watch = a_watch()
     tell(watch, NEWLINK, a_link(**change))
     assert watch.pending
-    assert watch.take() == News(changed={INDEX: TOKEN})
+    assert watch.take() == News(changed={(None, INDEX): TOKEN})
     left = watch.pending, watch.take()
     assert left == (False, News())
 
@@ -156,15 +156,15 @@ def test_a_link_that_left_is_gone_and_vouched_for_no_more_even_if_its_like_comes
     assert not watch.vouches(INDEX, TOKEN)
     tell(watch, NEWLINK, a_link())
     assert not watch.vouches(INDEX, TOKEN)
-    assert watch.take() == News(gone={INDEX: TOKEN}, names=frozenset({"tun0"}))
+    assert watch.take() == News(gone={(None, INDEX): TOKEN}, names=frozenset({"tun0"}))
 
 
 def test_a_link_that_was_moved_says_where_to() -> None:
     watch = a_watch()
     tell(watch, DELLINK, a_link(more=attr(45, u32(0)) + attr(49, u32(12))))
     news = watch.take()
-    assert news.gone == {INDEX: TOKEN}
-    assert news.moved == {INDEX: "moved to another network namespace, where its ifindex is 12"}
+    assert news.gone == {(None, INDEX): TOKEN}
+    assert news.moved == {(None, INDEX): "moved to another network namespace, where its ifindex is 12"}
 
 
 def test_what_was_heard_before_the_mark_is_forgotten_and_what_came_after_is_kept() -> None:
@@ -184,12 +184,12 @@ def test_a_change_back_after_the_look_is_kept_though_it_says_what_was_known_befo
     mark = watch.mark()  # a silent change: an alias on a link that is down
     tell(watch, NEWLINK, a_link())
     watch.settled(mark, [seen(alias="x")])
-    assert watch.take().changed == {INDEX: TOKEN}
+    assert watch.take().changed == {(None, INDEX): TOKEN}
     tell(watch, NEWLINK, a_link(mtu=1300))
     mark = watch.mark()
     tell(watch, NEWLINK, a_link(alias="x"))
     watch.settled(mark, [seen(mtu=1300)])
-    assert watch.take().changed == {INDEX: TOKEN}
+    assert watch.take().changed == {(None, INDEX): TOKEN}
 
 
 def test_a_change_between_the_first_look_at_a_link_and_its_being_watched_is_kept() -> None:
@@ -198,7 +198,7 @@ def test_a_change_between_the_first_look_at_a_link_and_its_being_watched_is_kept
     mark = watch.mark()
     tell(watch, NEWLINK, a_link(mtu=1300))
     watch.settled(mark, [seen()])
-    assert watch.take().changed == {INDEX: TOKEN}
+    assert watch.take().changed == {(None, INDEX): TOKEN}
     assert watch.vouches(INDEX, TOKEN)
 
 
@@ -212,7 +212,7 @@ def test_a_link_that_left_since_the_look_is_not_watched(watched: bool) -> None:
     tell(watch, NEWLINK, a_link())
     watch.settled(mark, [seen()])
     assert not watch.vouches(INDEX, TOKEN)
-    assert watch.take().gone == {INDEX: TOKEN}
+    assert watch.take().gone == {(None, INDEX): TOKEN}
 
 
 def test_nothing_is_watched_by_a_look_that_began_before_messages_were_lost() -> None:
@@ -228,7 +228,7 @@ def test_nothing_is_watched_by_a_look_that_began_before_messages_were_lost() -> 
     for each in (mark, early):
         watch.settled(each, [seen()])
         assert not watch.vouches(INDEX, TOKEN)
-    assert watch.take() == News(changed={INDEX: TOKEN}, lost=True)
+    assert watch.take() == News(changed={(None, INDEX): TOKEN}, lost=True)
     watch.settled(watch.mark(), [seen()])
     assert watch.vouches(INDEX, TOKEN)
     assert not watch.pending
@@ -251,7 +251,7 @@ def test_a_look_is_void_when_more_was_heard_since_than_can_be_remembered(monkeyp
         tell(watch, NEWLINK, a_link(ifindex=ifindex, alias=""))
     watch.settled(mark, [seen()])
     assert not watch.vouches(INDEX, TOKEN)
-    assert watch.take().changed == {INDEX: TOKEN}
+    assert watch.take().changed == {(None, INDEX): TOKEN}
     watch.settled(watch.mark(), [seen()])
     assert watch.vouches(INDEX, TOKEN)
 
@@ -352,7 +352,7 @@ def test_an_address_is_news_if_it_is_not_as_it_was_seen(
 ) -> None:
     watch = a_watch(V6)
     tell(watch, kind, an_address(address, flags=flags, origin=origin))
-    assert set(watch.take().changed) == ({INDEX} if news else set())
+    assert set(watch.take().changed) == ({(None, INDEX)} if news else set())
     tell(watch, kind, an_address(address, flags=flags, origin=origin, ifindex=99))
     assert not watch.pending
 
@@ -462,6 +462,10 @@ class Listener:
         self.kernel, self.outside = host.kernel, host.outside
         self.ifindex = 0
 
+    @property
+    def place(self) -> Place:
+        return None, self.ifindex
+
     def make(self, mode: Mode = Mode.TUN, *, up: bool = True) -> None:
         self.outside.add_link("ours0", mode, alias=str(TOKEN))
         self.outside.set_mtu("ours0", 1400)
@@ -511,7 +515,7 @@ def listener(linux: LinuxHost) -> Iterator[Listener]:
 
 def wait_until_read(monitor: Monitor) -> None:
     """By the monitor's own thread."""
-    ear = monitor._ear
+    ear = monitor._own.ear
     assert ear is not None
     wait_until(lambda: not select.select([ear], [], [], 0)[0])
 
@@ -549,7 +553,7 @@ def test_what_others_change_wakes_with_the_right_link(listener: Listener, change
     listener.make(Mode.TAP if change is CHANGES["mac"] else Mode.TUN)
     change(listener.host)
     news = listener.news()
-    assert {*news.changed, *news.gone} == {listener.ifindex}
+    assert {*news.changed, *news.gone} == {listener.place}
     assert not news.lost
     assert listener.monitor.trouble() is None
 
@@ -570,7 +574,7 @@ def test_what_others_change_on_a_link_that_is_down_wakes(
 ) -> None:
     listener.make(up=False)
     change(listener.outside)
-    assert set(listener.news().changed) == {listener.ifindex}
+    assert set(listener.news().changed) == {listener.place}
     assert listener.monitor.vouches(listener.ifindex, TOKEN)
 
 
@@ -596,13 +600,13 @@ def test_a_link_that_others_delete_is_gone_and_ours_that_we_delete_is_not_told(l
     listener.make()
     old = listener.ifindex
     listener.outside.delete("ours0")
-    assert set(listener.news().gone) == {old}
+    assert set(listener.news().gone) == {(None, old)}
     assert not listener.monitor.vouches(old, TOKEN)
     listener.make()
     listener.monitor.take()
     listener.outside.delete("ours0")
     mark = listener.monitor.drain()
-    listener.monitor.settled(mark, [], gone=[listener.ifindex])
+    listener.monitor.settled(mark, [], gone=[listener.place])
     assert not listener.monitor.take()
     assert not listener.monitor.vouches(listener.ifindex, TOKEN)
 
@@ -614,8 +618,8 @@ def test_a_link_moved_to_another_namespace_and_back_is_not_vouched_for(listener:
     with another_namespace() as there:
         listener.outside._link("ours0", attr(28, u32(there)))  # IFLA_NET_NS_FD
         news = listener.news()
-        assert set(news.gone) == {listener.ifindex}
-        assert news.moved[listener.ifindex].startswith("moved to another network namespace, where its ifindex is ")
+        assert set(news.gone) == {listener.place}
+        assert news.moved[listener.place].startswith("moved to another network namespace, where its ifindex is ")
     assert not listener.monitor.vouches(listener.ifindex, TOKEN)
 
 
@@ -643,7 +647,7 @@ def test_another_device_with_the_same_ifindex_name_and_alias_is_not_vouched_for(
     listener.outside.set_alias("ours0", str(TOKEN))
     assert socket.if_nametoindex("ours0") == ifindex
     assert not listener.monitor.vouches(ifindex, TOKEN)
-    assert set(listener.monitor.take().gone) == {ifindex}
+    assert set(listener.monitor.take().gone) == {(None, ifindex)}
 
 
 @pytest.mark.kernel
@@ -652,21 +656,21 @@ def test_a_device_exchanged_between_the_look_and_its_being_watched_is_not_vouche
 ) -> None:
     monkeypatch.setattr(module, "PAUSE_S", 60)  # nobody reads but the one who settles
     listener.make()
-    listener.monitor._watch._unwatch(listener.ifindex)
+    listener.monitor._own.watch._unwatch(listener.ifindex)
     mark = listener.monitor.drain()
     link = listener.kernel.observe(["ours0"]).links["ours0"]
     listener.outside.delete("ours0")
     impostor("ours0", link.ifindex)
     listener.monitor.settled(mark, [link])
     assert not listener.monitor.vouches(link.ifindex, TOKEN)
-    assert set(listener.monitor.take().gone) == {link.ifindex}
+    assert set(listener.monitor.take().gone) == {link.place}
 
 
 @pytest.mark.kernel
 def test_an_overwritten_alias_is_still_vouched_for(listener: Listener) -> None:
     listener.make()
     listener.outside.set_alias("ours0", "mine now")
-    assert set(listener.news().changed) == {listener.ifindex}
+    assert set(listener.news().changed) == {listener.place}
     assert listener.settle().token is None
     assert listener.monitor.vouches(listener.ifindex, TOKEN)
 
@@ -679,10 +683,10 @@ def test_a_change_after_the_look_and_before_it_is_settled_wakes(listener: Listen
     link = listener.kernel.observe(["ours0"]).links["ours0"]
     listener.outside.set_mtu("ours0", 1400)
     listener.monitor.settled(mark, [link])
-    changed: set[int] = set()
+    changed: set[Place] = set()
     while not changed:
         changed |= set(listener.news().changed)
-    assert changed == {listener.ifindex}
+    assert changed == {listener.place}
 
 
 @pytest.fixture
@@ -699,7 +703,7 @@ def unread(linux: LinuxHost) -> Iterator[Listener]:
 def test_a_change_that_only_settling_shows_to_be_one_is_left_to_the_thread_to_tell(unread: Listener) -> None:
     monitor = unread.monitor
     unread.make()
-    monitor._watch._unwatch(unread.ifindex)
+    monitor._own.watch._unwatch(unread.ifindex)
     mark = monitor.drain()
     link = unread.kernel.observe(["ours0"]).links["ours0"]
     unread.outside.set_mtu("ours0", 1300)
@@ -707,7 +711,7 @@ def test_a_change_that_only_settling_shows_to_be_one_is_left_to_the_thread_to_te
     assert os.eventfd_read(monitor._kick), "in `make`"
     monitor.settled(mark, [link])
     assert os.eventfd_read(monitor._kick) == 1
-    assert set(monitor.take().changed) == {link.ifindex}
+    assert set(monitor.take().changed) == {link.place}
 
 
 @pytest.mark.kernel
@@ -725,7 +729,7 @@ def test_what_somebody_else_reads_is_left_to_the_thread_to_tell(unread: Listener
         unread.outside.set_mtu("ours0", 1301 + i)
         assert read()
         assert os.eventfd_read(monitor._kick) == 1
-        assert set(monitor.take().changed) == {ifindex}
+        assert set(monitor.take().changed) == {(None, ifindex)}
         unread.settle()
 
 
@@ -783,7 +787,7 @@ def test_lost_messages_are_told_and_break_every_watch_and_later_ones_are_heard(l
             assert monitor.vouches(listener.ifindex, TOKEN)
             linux.outside.set_txqueuelen("ours0", 10)
             news = listener.news()
-            assert set(news.changed) == {listener.ifindex}
+            assert set(news.changed) == {listener.place}
             assert monitor.trouble() is None
             linux.outside.set_txqueuelen("ours0", 500)
     finally:
@@ -835,7 +839,7 @@ def test_what_somebody_else_read_is_told_all_the_same(listener: Listener) -> Non
     for mtu in range(1301, 1306):
         listener.outside.set_mtu("ours0", mtu)
         listener.monitor.drain()
-        assert set(listener.news().changed) == {listener.ifindex}
+        assert set(listener.news().changed) == {listener.place}
         listener.settle()
 
 
@@ -897,12 +901,12 @@ def test_a_socket_that_fails_is_opened_anew_in_the_same_namespace(
     opened = threading.Event()
     ear = module._Ear
 
-    def failing(queue_bytes: int) -> module._Ear:
+    def failing(queue_bytes: int, room: module._Room) -> module._Ear:
         troubles.append(listener.monitor.trouble())
         if len(troubles) < 3:
             raise OSError(24, os.strerror(24))
         opened.set()
-        return ear(queue_bytes)
+        return ear(queue_bytes, room)
 
     def broken(_self: module._Ear) -> int:
         raise OSError(9, os.strerror(9))
@@ -925,7 +929,7 @@ def test_a_socket_that_fails_is_opened_anew_in_the_same_namespace(
     listener.settle()
     assert listener.monitor.vouches(listener.ifindex, TOKEN)
     listener.outside.set_mtu("ours0", 1300)
-    assert set(listener.news().changed) == {listener.ifindex}
+    assert set(listener.news().changed) == {listener.place}
 
 
 @pytest.mark.kernel
@@ -952,7 +956,8 @@ def test_closing_ends_the_thread_and_with_it_what_was_vouched_for(linux: LinuxHo
 @pytest.mark.kernel
 def test_reading_is_not_slowed_down_by_a_busy_thread(linux: LinuxHost) -> None:
     linux.outside.add_link("tun0", Mode.TUN)
-    ear = module._Ear(module.QUEUE_BYTES)
+    room = module._Room()
+    ear = module._Ear(module.QUEUE_BYTES, room)
     done = threading.Event()
 
     def work() -> None:
@@ -966,7 +971,7 @@ def test_reading_is_not_slowed_down_by_a_busy_thread(linux: LinuxHost) -> None:
         busy.start()
         began, read = time.monotonic(), 0
         while count := ear.receive():
-            read += sum(1 for _ in ear.messages(count))
+            read += sum(1 for _ in room.messages(count))
         took_s = time.monotonic() - began
     finally:
         done.set()

@@ -15,6 +15,7 @@ from service.domain.spec import Processing, parse_spec
 from service.domain.steps import COUNT_ONLY
 from service.domain.values import CommandId, InterfaceName
 from service.kernel.fake import FakeKernel
+from service.kernel.namespaces import HostKernel
 from service.reconcile.answer import Answer, Clock
 from service.reconcile.applier import Applier
 from service.reconcile.engine import Engine
@@ -82,7 +83,7 @@ class CountingDataPlane:
 class Rig:
     """Everything of one running engine."""
 
-    def __init__(self, engine: Engine, kernel: FakeKernel, plane: CountingDataPlane, writer: LogWriter, path: Path):
+    def __init__(self, engine: Engine, kernel: Any, plane: CountingDataPlane, writer: LogWriter, path: Path):
         self.engine, self.kernel, self.plane, self.writer, self.path = engine, kernel, plane, writer, path
 
     async def order(self, command: cmd.Command, **request: Any) -> Answer:
@@ -118,7 +119,7 @@ class Rig:
 
 
 @asynccontextmanager
-async def running(folder: Path, kernel: FakeKernel, clock: Clock = CLOCK) -> AsyncIterator[Rig]:
+async def running(folder: Path, kernel: FakeKernel | HostKernel, clock: Clock = CLOCK) -> AsyncIterator[Rig]:
     """An engine that has started up on the log in this folder."""
     path = folder / "log.db"
     migrate(path, now=CLOCK.now)

@@ -48,6 +48,17 @@ def test_failures_are_tried_again_ever_more_slowly_up_to_a_limit() -> None:
     assert waits[-1] == module.BACK_OFF_MAX_S
 
 
+def test_what_failed_for_a_reason_that_is_over_is_tried_at_once_and_nothing_else_is() -> None:
+    known = Troubles()
+    known.failed(ONE, REFUSED, 0, "t")
+    known.failed(OTHER, REFUSED, 0, "t")
+    known.hurry({ONE})
+    assert known.is_due(ONE, 0.1)
+    assert not known.is_due(OTHER, 0.1)
+    known.hurry()
+    assert known.is_due(OTHER, 0.1)
+
+
 def test_one_repair_after_another_within_a_minute_is_a_contest_and_is_slowed_down() -> None:
     known = Troubles()
     at = contested(known)

@@ -7,8 +7,9 @@ direction, class and TCP flags at once; a run of packets with the same entry cos
 (`WINDOW_NS`, or a tick, or too many entries) the sums are folded into rows and totals, and what changed is written to
 the memory. So the service sees everything at most a second late, and 20 times a second under load.
 
-Of the packets themselves at most `packets` are kept in each window, the first ones: all of them while few come, and
-under load as many as the ring holds, in a row, from the last twentieth of a second.
+Of the packets themselves all are kept while few come: the first `packets` in each window. Of what comes beyond only
+the last two of each batch are: so the latest is always there, and under load the rest are samples. Their numbers say
+where some are missing.
 """
 
 import mmap
@@ -33,6 +34,8 @@ from service.packet.flowkey import Entry, Meter
 WINDOW_NS: Final = 50_000_000
 WINDOW_ENTRIES: Final = 4096
 """Entries summed before a window ends early: folding that many takes some 5 ms."""
+LAST_KEPT: Final = 2
+"""Packets of a batch that are kept whatever came before them in the window."""
 
 _GSO: Final = Struct("=4xHH").unpack_from
 """gso_size and csum_start of a virtio_net_hdr."""
@@ -83,7 +86,7 @@ class Inspect(Processor):
             entries = self._meter.look(packets)
         if now_ns >= self._window_ends:
             self._may_keep = self._keep
-        if self._may_keep:
+        if self._keep:
             self._keep_heads(packets, now_ns, to_kernel)
         self._seen += len(packets)
         sums = self._sums[to_kernel]
@@ -130,11 +133,15 @@ class Inspect(Processor):
         self._mapped.close()
 
     def _keep_heads(self, packets: list[memoryview], now_ns: int, to_kernel: bool) -> None:
-        number = self._seen
-        for packet in packets[: self._may_keep]:
-            number += 1
+        few = self._may_keep or LAST_KEPT
+        start = 0
+        if few < len(packets):
+            if not self._may_keep:
+                start = len(packets) - few
+            packets = packets[start : start + few]
+        for number, packet in enumerate(packets, self._seen + start + 1):
             self._table.write_head(number, now_ns, to_kernel, packet)
-        self._may_keep -= min(self._may_keep, len(packets))
+        self._may_keep = max(0, self._may_keep - len(packets))
 
     @staticmethod
     def _count_segments(

@@ -1,0 +1,89 @@
+"""A batch as a device makes it: it knows which buffer each packet came in, and can be made plain for a stage."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from service.dataplane.blackbox import INDEX, BlackBox
+from service.dataplane.contract import Batch, Direction, Mode, Packet
+from service.dataplane.segments import is_plain, nothing_left, plain
+from service.packet.flowkey import Entry
+
+
+class Source(Protocol):
+    """What a device is to its batches."""
+
+    @property
+    def name(self) -> str:
+        """The interface."""
+        ...
+
+    @property
+    def mode(self) -> Mode:
+        """Which packets it has."""
+        ...
+
+    @property
+    def box(self) -> BlackBox:
+        """Where to say which packet is in hand."""
+        ...
+
+    def drop(self, reason: str, count: int) -> None:
+        """Count packets that end here."""
+        ...
+
+    def answer(self, packet: bytes | bytearray | memoryview) -> bool:
+        """Write one back."""
+        ...
+
+
+class DeviceBatch(Batch):
+    """A batch that knows which buffer each packet came in, so that a crash can be told with the packet."""
+
+    __slots__ = ("_box", "_places")
+
+    def __init__(
+        self,
+        source: "Source",
+        direction: Direction,
+        packets: list[Packet],
+        headers: list[Packet] | None,
+        entries: list[Entry] | None,
+    ) -> None:
+        self.interface = source.name
+        self.mode = source.mode
+        self.direction = direction
+        self.packets = packets
+        self.headers = headers
+        self.entries = entries
+        self.time_ns = time.time_ns()
+        self.at = 0
+        self._drop = source.drop
+        self._answer = source.answer
+        self._box = source.box.words
+        self._places: list[int] | None = None
+
+    def __iter__(self) -> Iterator[Packet]:
+        """The packets one by one, the black box knowing which."""
+        box, places = self._box, self._places
+        for at, packet in enumerate(self.packets):
+            self.at = at
+            box[INDEX] = at if places is None else places[at]
+            yield packet
+
+    def take(self, indexes: Sequence[int]) -> None:
+        """See `Batch.take`."""
+        places = self._places
+        self._places = list(indexes) if places is None else [places[index] for index in indexes]
+        super().take(indexes)
+
+    def make_plain(self) -> None:
+        """For a stage that takes no segments: cut them, and finish checksums."""
+        headers = self.headers
+        if headers is None or is_plain(headers):
+            return
+        self.packets, origins = plain(self.packets, headers, self.mode, self._drop)
+        self.headers = nothing_left(len(origins))
+        self.entries = None
+        places = self._places
+        self._places = origins if places is None else [places[origin] for origin in origins]

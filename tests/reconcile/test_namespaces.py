@@ -1,0 +1,142 @@
+"""The engine with interfaces in network namespaces, on fake ones."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.domain import commands as cmd
+from service.domain import events as ev
+from service.domain.errors import ErrorCode, TunledgerError
+from service.domain.spec import parse_spec
+from service.domain.token import Token
+from service.domain.values import Mode
+from service.kernel.fake import FakeNamespaces
+from tests.reconcile.rig import Rig, running
+
+pytestmark = pytest.mark.anyio
+RUNNING = {"running": True}
+
+
+async def replace(rig: Rig, **fields: Any) -> None:
+    await rig.order(cmd.ReplaceInterface(parse_spec({"name": "tun0", **fields}), recreate=True))
+
+
+def ours(hosts: FakeNamespaces) -> list[str]:
+    return sorted(link.key for link in hosts.host().observe().links.values() if link.token is not None)
+
+
+async def test_a_namespace_that_went_stops_processing_whatever_is_done_about_drift(tmp_path: Path) -> None:
+    hosts = FakeNamespaces()
+    hosts.add("blue")
+    async with running(tmp_path, hosts.host()) as rig:
+        await rig.declare(netns="blue", processing=RUNNING)
+        await rig.declare("tun1", netns="blue", processing=RUNNING, drift="report")
+        await rig.declare("tun2")
+        hosts.delete("blue")
+        await rig.engine.reconcile()
+        assert rig.plane.held == {}
+        (failed,) = rig.of(ev.RepairFailed)
+        assert failed.code == "netns_missing"
+        await rig.engine.reconcile()
+        by_name: dict[str, Any] = {i.name: rig.engine.troubles.get(i.id) for i in rig.engine.state.interfaces.values()}
+        assert by_name["tun0"] is not None
+        assert "`ip netns add blue` makes it" in by_name["tun0"].message
+        assert by_name["tun1"] is not None
+        assert by_name["tun1"].code == "reported"
+        assert by_name["tun2"] is None
+        hosts.add("blue")
+        await rig.engine.reconcile_now()
+        assert ours(hosts) == ["blue/tun0", "blue/tun1", "tun2"]
+        assert len(rig.plane.held) == 2
+
+
+async def test_an_interface_in_a_namespace_that_went_can_be_deleted(tmp_path: Path) -> None:
+    hosts = FakeNamespaces()
+    hosts.add("blue")
+    async with running(tmp_path, hosts.host()) as rig:
+        await rig.declare(netns="blue", processing=RUNNING)
+        hosts.delete("blue")
+        await rig.order(cmd.RetireInterface(rig.engine.state.find("tun0").name))  # type: ignore[union-attr]
+        assert rig.engine.state.interfaces == {}
+        assert rig.plane.held == {}
+
+
+async def test_one_in_a_namespace_that_may_not_be_entered_is_not_taken_for_gone(tmp_path: Path) -> None:
+    hosts = FakeNamespaces()
+    hosts.add("blue")
+    why = TunledgerError(ErrorCode.PERMISSION_DENIED, "needs CAP_SYS_ADMIN")
+    async with running(tmp_path, hosts.host()) as rig:
+        await rig.declare(netns="blue")
+        await rig.declare("tun1")
+        hosts.refuse("blue", why)
+        with pytest.raises(TunledgerError, match="needs CAP_SYS_ADMIN"):
+            await rig.order(cmd.RetireInterface(rig.engine.state.find("tun0").name))  # type: ignore[union-attr]
+        with pytest.raises(TunledgerError, match="needs CAP_SYS_ADMIN") as refused:
+            await rig.declare("tun2", netns="blue")
+        assert refused.value.field == "netns"
+        await rig.change({"mtu": 1400}, "tun1")
+        await rig.engine.reconcile()
+        hosts.refuse("blue", None)
+        await rig.engine.reconcile_now()
+        assert ours(hosts) == ["blue/tun0", "tun1"]
+
+
+async def test_a_change_of_namespace_that_fails_is_undone_where_it_was(tmp_path: Path) -> None:
+    hosts = FakeNamespaces()
+    hosts.add("blue")
+    red = hosts.add("red")
+    async with running(tmp_path, hosts.host()) as rig:
+        await rig.declare(netns="blue", processing=RUNNING)
+        red.fail(TunledgerError(ErrorCode.KERNEL_REFUSED, "no memory"))
+        with pytest.raises(TunledgerError, match="no memory"):
+            await replace(rig, netns="red", processing=RUNNING)
+        assert ours(hosts) == ["blue/tun0"]
+        assert len(rig.plane.held) == 1
+        await replace(rig, netns="red")
+        assert ours(hosts) == ["red/tun0"]
+        await replace(rig)
+        assert ours(hosts) == ["tun0"]
+
+
+async def test_a_crash_between_two_namespaces_leaves_one_link(tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    hosts = FakeNamespaces()
+    blue = hosts.add("blue")
+    red = hosts.add("red")
+    async with running(tmp_path, hosts.host()) as rig:
+        await rig.declare(netns="blue")
+        token = Token(rig.engine.node, next(iter(rig.engine.state.interfaces)))
+    for kernel, left in ((blue, "blue/tun0"), (red, "red/tun0")):
+        del left
+        async with running(tmp_path, hosts.host()) as rig:
+            kernel.fail(Killed())
+            with pytest.raises(Killed):
+                await replace(rig, netns="red" if kernel is blue else "blue")
+            kernel.heal()
+        async with running(tmp_path, hosts.host()) as rig:
+            assert ours(hosts) == ["red/tun0" if kernel is blue else "blue/tun0"]
+            assert rig.engine.state.interfaces[token.interface_id].pending is None
+
+
+async def test_orphans_are_removed_in_namespaces_and_what_others_moved_is_not(tmp_path: Path) -> None:
+    hosts = FakeNamespaces()
+    hosts.add("blue")
+    red = hosts.add("red")
+    async with running(tmp_path, hosts.host()) as rig:
+        await rig.declare(netns="blue")
+        await rig.declare("tun1")
+        node = rig.engine.node
+        kept, retired = (i.id for i in rig.engine.state.interfaces.values())
+        await rig.order(cmd.RetireInterface(rig.engine.state.find("tun1").name))  # type: ignore[union-attr]
+    red.outside.add_link("left0", Mode.TUN, alias=str(Token(node, retired)))
+    red.outside.add_link("moved0", Mode.TUN, alias=str(Token(node, kept)))
+    red.outside.add_link("theirs0", Mode.TUN)
+    async with running(tmp_path, hosts.host()) as rig:
+        assert ours(hosts) == ["blue/tun0", "red/moved0"]
+        assert "theirs0" in red.observe().links
+        await rig.engine.reconcile()
+        assert ours(hosts) == ["blue/tun0", "red/moved0"]
+        assert rig.of(ev.DriftDetected) == []
