@@ -68,8 +68,12 @@ def test_tcpdump_reads_the_live_stream_and_its_end_ends_the_capture(running: Ser
             ping()
             lines.append(pipeline.stdout.readline())
         assert all("IP 10.0.0.1 > 10.0.0.2: ICMP echo request, id 1, seq 1, length 8" in line for line in lines)
-        ping()  # curl hears of tcpdump's end when it has something to write
-        eventually(lambda: ping() or len(told(running)) == 2, what="the end of the capture")
+
+        def over() -> bool:
+            ping()  # curl hears of tcpdump's end when it has something to write
+            return len(told(running)) == 2
+
+        eventually(over, what="the end of the capture")
     started, stopped = told(running)
     assert started.live
     assert (stopped.reason, stopped.capture_id) == ("client_gone", started.capture_id)
