@@ -147,7 +147,7 @@ class CapturesController(Controller):
     ) -> Response[bytes]:
         """Begin to write the interface's packets into files."""
         parameters(request)
-        settings = settings_of(bodies.document(body))
+        settings = settings_of(bodies.document(body, nulls=True))
         interface = _existing(orders, name)
         capture = await captures.start(interface.id, interface.name, settings, _asker(request, "capture"))
         where = f"/api/v1/interfaces/{name}/captures/{capture.id}"

@@ -213,7 +213,9 @@ class Engine:
         Raises:
             TunledgerError: the refusal that would come.
         """
-        intents = await self._decide(submission)
+        async with self._locks.hold([cmd.target(command) for command in submission.commands]):
+            # What is under way on these interfaces is waited for, as the command itself would.
+            intents = await self._decide(submission)
         wanted = [self._finishing.wanted_by(intent) for intent in intents]
 
         def look_and_plan() -> list[tuple[InterfaceName, tuple[Difference, ...], tuple[Step, ...]]]:

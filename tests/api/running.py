@@ -148,6 +148,7 @@ class Watched:
 
     readers: Readers
     taps: dict[int, tuple[dict[str, Any], list[int]]] = field(default_factory=dict)
+    ids: "itertools.count[int]" = field(default_factory=itertools.count)
     figures: dict[str, int] = field(default_factory=dict)
     chain: tuple[dict[str, Any], ...] = ()
     seen: Inspected | None = None
@@ -158,7 +159,7 @@ class Watched:
 
     def tap(self, _: str, stage: Mapping[str, Any], files: Sequence[int]) -> int:
         """Keep the descriptors."""
-        tap_id = len(self.taps)
+        tap_id = next(self.ids)
         self.taps[tap_id] = (dict(stage), [os.dup(fd) for fd in files])
         return tap_id
 

@@ -70,18 +70,17 @@ def test_a_chain_is_written_stage_by_stage_or_as_json(run: Run) -> None:
     made = run(
         "create", "ch0", "--processor", "inspect", "--processor", "capture:files=1,size_bytes=null",
         "--processor", "reply:networks=10.0.0.0/24+10.1.0.0/24,answers=icmp",
-        "--processor", "balance:to=tun1+tun2*3,symmetric=false", "--processor", "mine:a=-3,b=x",
+        "--processor", "balance:to=tun1+tun2*3,symmetric=false",
         "--offloads", "off", "--dry-run", "-o", "json",
     )  # fmt: skip
     (event,) = _json(made)["events"]
     processing = event["payload"]["spec"]["processing"]
     assert processing["offloads"] == "off"
-    inspect, capture, reply, balance, mine = processing["chain"]
+    inspect, capture, reply, balance = processing["chain"]
     assert (inspect["processor"], capture["files"], capture["size_bytes"]) == ("inspect", 1, None)
     assert (reply["networks"], reply["answers"]) == (["10.0.0.0/24", "10.1.0.0/24"], ["icmp"])
     assert balance["to"] == [{"to": "tun1", "weight": 1}, {"to": "tun2", "weight": 3}]
     assert balance["symmetric"] is False
-    assert (mine["a"], mine["b"]) == (-3, "x")
     chain = [{"processor": "forward", "to": "tun9"}]
     run("create", "ch1", "--chain", json.dumps(chain))
     assert _json(run("show", "ch1", "-o", "json"))["spec"]["processing"]["chain"][0]["to"] == "tun9"

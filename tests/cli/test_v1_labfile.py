@@ -1,7 +1,6 @@
 """The file of apply and export: strict, each mistake with its place; what is written reads back as it was."""
 
 import json
-from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -152,7 +151,7 @@ def test_create_change_and_delete_in_one_batch_with_deletes_first() -> None:
         {"name": "tun9", "mtu": 1500, "addresses": ["10.9.0.1/24"]},
     )
     create = {"create": {"name": "tun9", "addresses": ["10.9.0.1/24"]}}
-    patch: dict[str, Any] = {"mtu": 1500, "mac": None, "labels": {"lab": "south", "port": None}}
+    patch: dict[str, object] = {"mtu": 1500, "mac": None, "labels": {"lab": "south", "port": None}}
     patch |= {"processing": {"running": False, "chain": [], "offloads": "auto"}}
     change = {"change": {"name": "tap1", "patch": patch}}
     assert labfile.commands(wanted, present, prune=True) == [{"delete": {"name": "old0"}}, change, create]
