@@ -2,10 +2,11 @@
 
 What it found is in the stage's memory (`flowtable`), where the service reads it; nothing is decoded or shown here.
 
-Theory of operation. A packet costs one addition: to what the window has so far for its `Entry`, which stands for flow,
-direction, class and TCP flags at once; a run of packets with the same entry costs one for all. At the end of a window
-(`WINDOW_NS`, or a tick, or too many entries) the sums are folded into rows and totals, and what changed is written to
-the memory. So the service sees everything at most a second late, and 20 times a second under load.
+Theory of operation. A packet costs one addition, made in C for a whole batch: to what the window has so far for its
+length and its `Entry`, which stands for flow, direction, class and TCP flags at once. At the end of a window
+(`WINDOW_NS`, or a tick, or too many packets) the sums are folded into rows and totals, and what changed is written to
+the memory. So the service sees everything at most a second late, and 20 times a second under load; when a flow was
+first and last seen is as exact as a window is long.
 
 Of the packets themselves all are kept while few come: the first `packets` in each window. Of what comes beyond only
 the last two of each batch are: so the latest is always there, and under load the rest are samples. Their numbers say
@@ -13,8 +14,8 @@ where some are missing.
 """
 
 import mmap
-from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from struct import Struct
 from typing import Any, ClassVar, Final
 
@@ -32,10 +33,19 @@ from service.dataplane.flowtable import (
 from service.packet.flowkey import Entry, Meter
 
 WINDOW_NS: Final = 50_000_000
-WINDOW_ENTRIES: Final = 4096
-"""Entries summed before a window ends early: folding that many takes some 5 ms."""
+WINDOW_PACKETS: Final = 1 << 16
+"""Packets summed before a window ends early; it bounds the entries, and how long folding them takes."""
 LAST_KEPT: Final = 2
 """Packets of a batch that are kept whatever came before them in the window."""
+
+try:
+    from collections import _count_elements  # type: ignore[attr-defined]  # Counter.update's loop, in C
+except ImportError:  # another Python's Counter may go without it
+
+    def _count_elements(mapping: dict[Any, int], iterable: Iterable[Any]) -> None:
+        for element in iterable:
+            mapping[element] = mapping.get(element, 0) + 1
+
 
 _GSO: Final = Struct("=4xHH").unpack_from
 """gso_size and csum_start of a virtio_net_hdr."""
@@ -63,9 +73,13 @@ class Inspect(Processor):
         self._mapped: Final = mmap.mmap(context.files[0], 0)
         self._table: Final = FlowTableWriter(memoryview(self._mapped), self._flows, self._keep)
         self._meter: Final = Meter(context.mode)
-        # Of the window: entry -> [packets, bytes, first seen, last seen, packets on the wire beyond packets].
-        self._sums: Final[tuple[dict[Entry, list[int]], dict[Entry, list[int]]]] = ({}, {})
-        self._sizes: Final[Counter[int]] = Counter()
+        # Of the window, of each direction: packets by length and entry, where all of a batch had one length; else by
+        # entry and length; and the packets on the wire that segments stand for, beyond one each.
+        self._equal: Final[tuple[dict[int, dict[Entry, int]], ...]] = ({}, {})
+        self._mixed: Final[tuple[dict[tuple[Entry, int], int], ...]] = ({}, {})
+        self._beyond: Final[tuple[dict[Entry, int], ...]] = ({}, {})
+        self._began_ns = 0  # when the first of the window came; 0 while there is none
+        self._folded = 0
         self._window_ends = 0
         self._last_ns = 0
         self._may_keep = self._keep
@@ -89,37 +103,17 @@ class Inspect(Processor):
         if self._keep:
             self._keep_heads(packets, now_ns, to_kernel)
         self._seen += len(packets)
-        sums = self._sums[to_kernel]
-        known = sums.get
         lengths = list(map(len, packets))
-        self._sizes.update(lengths)
-        last = entries[0]
-        count = octets = 0
-        for entry, length in zip(entries, lengths, strict=True):
-            if entry is last:
-                count += 1
-                octets += length
-                continue
-            found = known(last)
-            if found is None:
-                sums[last] = [count, octets, now_ns, now_ns, 0]
-            else:
-                found[0] += count
-                found[1] += octets
-                found[3] = now_ns
-            last = entry
-            count = 1
-            octets = length
-        found = known(last)
-        if found is None:
-            sums[last] = [count, octets, now_ns, now_ns, 0]
+        length = lengths[0]
+        if lengths.count(length) == len(lengths):
+            _count_elements(self._equal[to_kernel].setdefault(length, {}), entries)
         else:
-            found[0] += count
-            found[1] += octets
-            found[3] = now_ns
+            _count_elements(self._mixed[to_kernel], zip(entries, lengths, strict=True))
+        if not self._began_ns:
+            self._began_ns = now_ns
         if batch.headers is not None:
-            self._count_segments(batch.headers, entries, lengths, sums)
-        if now_ns >= self._window_ends or len(sums) > WINDOW_ENTRIES:
+            self._count_segments(batch.headers, entries, lengths, self._beyond[to_kernel])
+        if now_ns >= self._window_ends or self._seen - self._folded > WINDOW_PACKETS:
             self._fold(now_ns)
 
     def tick(self, now_ns: int) -> None:
@@ -145,7 +139,7 @@ class Inspect(Processor):
 
     @staticmethod
     def _count_segments(
-        headers: list[memoryview], entries: list[Entry], lengths: list[int], sums: dict[Entry, list[int]]
+        headers: list[memoryview], entries: list[Entry], lengths: list[int], beyond: dict[Entry, int]
     ) -> None:
         for index, header in enumerate(headers):
             if header[1]:
@@ -153,18 +147,41 @@ class Inspect(Processor):
                 entry = entries[index]
                 payload = lengths[index] - start - (entry.least or 8)
                 if size and payload > size:
-                    sums[entry][4] += (payload - 1) // size
+                    beyond[entry] = beyond.get(entry, 0) + (payload - 1) // size
+
+    def _window(self, side: int) -> dict[Entry, list[int]]:
+        """Of one direction: entry -> [packets, bytes, packets on the wire beyond them]; the sizes go to the totals."""
+        sums: dict[Entry, list[int]] = {}
+        totals = self._table.totals
+        packets_of = [
+            (entry, length, packets) for length, equal in self._equal[side].items() for entry, packets in equal.items()
+        ]
+        packets_of += [(entry, length, packets) for (entry, length), packets in self._mixed[side].items()]
+        beyond = self._beyond[side]
+        for entry, length, packets in packets_of:
+            found = sums.get(entry)
+            if found is None:
+                sums[entry] = [packets, packets * length, beyond.get(entry, 0)]
+            else:
+                found[0] += packets
+                found[1] += packets * length
+            totals[SIZES_AT + min(length.bit_length(), SIZE_BINS - 1)] += packets
+        self._equal[side].clear()
+        self._mixed[side].clear()
+        beyond.clear()
+        return sums
 
     def _fold(self, now_ns: int) -> None:
         """Put the window's sums into rows and totals, and show them."""
         self._window_ends = now_ns + WINDOW_NS
-        if not self._sizes:
+        if not self._began_ns:
             return
+        first_ns, last_ns, self._began_ns, self._folded = self._began_ns, self._last_ns, 0, self._seen
         totals = self._table.totals
         evicted = self._evicted
         changed: dict[bytes, list[int]] = {}
-        for side, sums in enumerate(self._sums):
-            for entry, (packets, octets, first_ns, last_ns, more) in sums.items():
+        for side in (0, 1):
+            for entry, (packets, octets, more) in self._window(side).items():
                 at = side * CLASS_WORDS + 2 * entry.kind
                 totals[at] += packets
                 totals[at + 1] += octets
@@ -195,10 +212,6 @@ class Inspect(Processor):
                     row[8] += packets + more
                 if last_ns > row[6]:
                     row[6] = last_ns
-            sums.clear()
-        for length, packets in self._sizes.items():
-            totals[SIZES_AT + min(length.bit_length(), SIZE_BINS - 1)] += packets
-        self._sizes.clear()
         for flow, row in changed.items():
             self._table.write_row(row[0], flow, row[1:])
         self._table.publish(len(self._rows), self._evicted, self._seen, now_ns)
