@@ -93,12 +93,16 @@ class Inspect(Processor):
         packets = batch.packets
         if not packets:
             return
-        self._last_ns = now_ns = batch.time_ns
+        now_ns = batch.time_ns
+        over = now_ns >= self._window_ends
+        if over:  # what came before a pause is not seen again after it
+            self._fold(now_ns)
+        self._last_ns = now_ns
         to_kernel = batch.direction == "to_kernel"
         entries: list[Entry] | None = getattr(batch, "entries", None)
         if entries is None:
             entries = self._meter.look(packets)
-        if now_ns >= self._window_ends:
+        if over:
             self._may_keep = self._keep
         if self._keep:
             self._keep_heads(packets, now_ns, to_kernel)
@@ -113,7 +117,7 @@ class Inspect(Processor):
             self._began_ns = now_ns
         if batch.headers is not None:
             self._count_segments(batch.headers, entries, lengths, self._beyond[to_kernel])
-        if now_ns >= self._window_ends or self._seen - self._folded > WINDOW_PACKETS:
+        if over or self._seen - self._folded > WINDOW_PACKETS:
             self._fold(now_ns)
 
     def tick(self, now_ns: int) -> None:
