@@ -451,7 +451,8 @@ class World:
     ) -> None:
         self._stack.close()
         if error is None:  # thousands of cases would leave 4 MiB each
-            self.service.database.with_name(self.service.database.name + ".reserve").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # on a disk that was made read-only
+                self.service.database.with_name(self.service.database.name + ".reserve").unlink(missing_ok=True)
 
     # -- the process
 

@@ -712,7 +712,7 @@ def test_what_did_not_change_is_not_decoded_again(linux: LinuxHost, monkeypatch:
         assert linux.kernel.observe().links["tun0"].counters.rx_packets == 0
         monkeypatch.setattr(netlink, "read_link", count)
         for packets in (1, 2):
-            os.write(fd, PACKET)
+            os.write(fd, bytes(10) + PACKET)  # behind a virtio_net_hdr that asks for nothing
             for names in (["tun0"], None):
                 assert linux.kernel.observe(names).links["tun0"].counters.rx_packets == packets
         assert decoded == [], "that packets passed is no other change"

@@ -415,7 +415,7 @@ def test_snapshots_of_other_code_are_ignored(snapped: Path, monkeypatch: pytest.
 def test_the_form_follows_the_code_that_folds() -> None:
     assert len(snapshots.form()) == 16
     told = hashlib.sha256(str(snapshots.LAYOUT).encode())
-    for module in ("commands", "events", "spec", "state", "values"):
+    for module in ("chain", "commands", "events", "spec", "state", "values"):
         told.update((Path(domain_state.__file__).with_name(f"{module}.py")).read_bytes())
     for module in ("codec", "snapshots"):
         told.update((Path(snapshots.__file__).with_name(f"{module}.py")).read_bytes())
