@@ -312,7 +312,7 @@ class Batch:
             case st.SetDown():
                 return link(netlink.RTM_SETLINK, ifindex, up=False)
             case st.SetName():
-                return link(netlink.RTM_SETLINK, ifindex, [(netlink.IFLA_IFNAME, step.name)])
+                return netlink.name_message(ifindex, step.name)
             case st.SetAlias():
                 return netlink.alias_message(ifindex, str(step.token))
             case st.SetLinkGroup():

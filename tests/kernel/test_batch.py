@@ -603,6 +603,8 @@ def test_messages_are_those_that_pyroute2_makes(netns: None) -> None:
         for mac in ("02:00:00:00:12:34", "3f:3f:3f:3f:3f:3f"):
             wanted = encoded(ifinfmsg, netlink.RTM_SETLINK, 1, [("IFLA_ADDRESS", mac)], index=index)
             assert bytes(netlink.mac_message(index, mac)) == wanted
+        wanted = encoded(ifinfmsg, netlink.RTM_SETLINK, 1, [("IFLA_IFNAME", "tun0")], index=index)
+        assert bytes(netlink.name_message(index, "tun0")) == wanted
         for alias in (str(OURS), "?" * len(str(OURS))):
             wanted = encoded(ifinfmsg, netlink.RTM_SETLINK, 1, [("IFLA_IFALIAS", alias)], index=index)
             assert bytes(netlink.alias_message(index, alias)) == wanted
