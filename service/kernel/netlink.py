@@ -1,11 +1,12 @@
 """A blocking rtnetlink socket, and the few messages that we send and read.
 
-pyroute2 makes the messages that are rare (a name, a hardware address), and judges in the tests those that are made here:
-they are the same to the byte. To encode one takes it 50 us, five times as long as the kernel needs to carry it out, and
-to be imported a tenth of a second, which the recovery of everything would wait for. Its decoder needs 370 us for one
-link, ours 15 us; its sockets hide a retry of up to 9 s on EBUSY and hold back sequence numbers. Many messages go out in
-one datagram, which the kernel works off while it is sent: that costs a tenth of asking one at a time. Formats: rtnetlink(7), include/uapi/linux/if_link.h,
-if_addr.h, rtnetlink.h. Raises plain OSError (`NetlinkError`); `linux` puts it into words.
+pyroute2 makes the messages that are rare (a name, a hardware address), and judges in the tests those made here: they
+are the same to the byte. To encode one takes it 50 us, five times as long as the kernel needs to carry it out, and to
+be imported a tenth of a second, which the recovery of everything would wait for. Its decoder needs 370 us for one link,
+ours 15 us; its sockets hide a retry of up to 9 s on EBUSY and hold back sequence numbers. Many messages go out in one
+datagram, which the kernel works off while it is sent: that costs a tenth of asking one at a time. Formats:
+rtnetlink(7), include/uapi/linux/if_link.h, if_addr.h, rtnetlink.h. Raises plain OSError (`NetlinkError`); `linux` puts
+it into words.
 """
 
 import errno

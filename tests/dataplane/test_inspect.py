@@ -93,12 +93,12 @@ def counted_right(given_batches: list[tuple[list[bytes], str]], mode: Mode) -> N
         rows = {row.ends: row for row in reader.rows()}
         assert rows.keys() == {flow_ends(flow) for flow in flows}
         for flow, (there, there_bytes, back, back_bytes, first, last, *flags) in flows.items():
-            row = rows[flow_ends(flow)]
-            assert (row.packets_there, row.bytes_there) == (there, there_bytes)
-            assert (row.packets_back, row.bytes_back) == (back, back_bytes)
-            assert [row.tcp_flags_there, row.tcp_flags_back] == flags
-            assert first - WINDOW_NS <= row.first_seen_ns <= first, "as exact as a window is long"
-            assert last <= row.last_seen_ns <= last + WINDOW_NS
+            shown = rows[flow_ends(flow)]
+            assert (shown.packets_there, shown.bytes_there) == (there, there_bytes)
+            assert (shown.packets_back, shown.bytes_back) == (back, back_bytes)
+            assert [shown.tcp_flags_there, shown.tcp_flags_back] == flags
+            assert first - WINDOW_NS <= shown.first_seen_ns <= first, "as exact as a window is long"
+            assert last <= shown.last_seen_ns <= last + WINDOW_NS
         heads = reader.packets()
         assert [(head.time_ns, head.direction, head.length, head.data) for head in heads] == seen[-64:]
         assert [head.number for head in heads] == list(range(1, len(seen) + 1))[-64:]
