@@ -261,9 +261,9 @@ class Device:
 
     # -- out
 
-    def answer(self, packet: Wire) -> bool:
-        """See `Batch.answer`."""
-        return self.send([memoryview(packet)], None, None, self.drop) == 1
+    def answer(self, packets: list[Packet]) -> int:
+        """See `Batch.answer_all`."""
+        return self.send(packets, None, None, self.drop)
 
     def drop(self, reason: str, count: int) -> None:
         """Count packets that end here."""

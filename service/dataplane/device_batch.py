@@ -32,8 +32,8 @@ class Source(Protocol):
         """Count packets that end here."""
         ...
 
-    def answer(self, packet: bytes | bytearray | memoryview) -> bool:
-        """Write one back."""
+    def answer(self, packets: list[Packet]) -> int:
+        """Write packets back."""
         ...
 
 

@@ -125,9 +125,9 @@ class FakeBatch(Batch):
     def _count(self, reason: str, count: int) -> None:
         self.dropped[reason] += count
 
-    def _keep_answer(self, packet: bytes | bytearray | memoryview) -> bool:
-        self.answered.append(bytes(packet))
-        return self.takes_answers
+    def _keep_answer(self, packets: list[memoryview]) -> int:
+        self.answered += map(bytes, packets)
+        return len(packets) if self.takes_answers else 0
 
 
 def run(stage: Processor, packets: Sequence[bytes], **arguments: Any) -> FakeBatch:

@@ -41,6 +41,7 @@ _ECHO_V6: Final = 0x8000
 _BROADCAST: Final = b"\xff" * 6
 _ANSWERED: Final = frozenset(CLASSES.index(name) for name in ("ipv4.icmp", "ipv6.icmpv6", "arp"))
 _FIGURES: Final = ("answered_icmp", "answered_icmpv6", "answered_arp", "answered_ndp", "refused")
+_REFUSED: Final = 4
 
 
 def derived_mac(interface: str) -> bytes:
@@ -79,34 +80,59 @@ class Reply(Processor):
     def process(self, batch: Batch) -> None:
         """Answer what is to be answered; the rest is left."""
         counts = [0, 0, 0, 0, 0]
-        headers = batch.headers
-        packets = batch.packets
-        answer = self._answer_frame if self._tap else self._answer_packet
-        entries: list[Entry] | None = getattr(batch, "entries", None)
-        if entries is None:
-            asked: Sequence[int] = range(len(packets))
+        if not self._tap:
+            self._answer_packets(batch, counts)
         else:
-            asked = [index for index, entry in enumerate(entries) if entry.kind in _ANSWERED]
-        answered = set()
-        for index in asked:
+            self._answer_frames(batch, counts)
+        for figure, count in zip(_FIGURES, counts, strict=True):
+            if count:
+                self.context.count(figure, count)
+
+    def _asked(self, batch: Batch) -> Sequence[int]:
+        """Where there may be a question."""
+        entries: list[Entry] | None = getattr(batch, "entries", None)  # a batch made by hand may have none
+        if entries is None:
+            return range(len(batch.packets))
+        return [index for index, entry in enumerate(entries) if entry.kind in _ANSWERED]
+
+    def _answer_packets(self, batch: Batch, counts: list[int]) -> None:
+        """Turn all in place, then write them at once."""
+        headers, packets, turn = batch.headers, batch.packets, self._turn
+        answered: list[int] = []
+        for index in self._asked(batch):
             batch.at = index
             packet = packets[index]
-            if headers is not None and not _finished(packet, headers[index], self._tap):
+            if headers is not None and not _finished(packet, headers[index], tap=False):
                 continue
-            which = answer(batch, packet)
+            which = turn(packet, 0)
+            if which >= 0:
+                counts[which] += 1
+                answered.append(index)
+        if not answered:
+            return
+        refused = len(answered) - batch.answer_all([packets[index] for index in answered])
+        counts[_REFUSED] = refused
+        for which in (0, 1):  # the kernel does not say whose; mostly it is all or none
+            fewer = min(refused, counts[which])
+            counts[which] -= fewer
+            refused -= fewer
+        gone = set(answered)
+        batch.take([index for index in range(len(packets)) if index not in gone])
+
+    def _answer_frames(self, batch: Batch, counts: list[int]) -> None:
+        headers, packets = batch.headers, batch.packets
+        answered = set()
+        for index in self._asked(batch):
+            batch.at = index
+            packet = packets[index]
+            if headers is not None and not _finished(packet, headers[index], tap=True):
+                continue
+            which = self._answer_frame(batch, packet)
             if which >= 0:
                 counts[which] += 1
                 answered.add(index)
         if answered:
             batch.take([index for index in range(len(packets)) if index not in answered])
-            for figure, count in zip(_FIGURES, counts, strict=True):
-                if count:
-                    self.context.count(figure, count)
-
-    def _answer_packet(self, batch: Batch, packet: memoryview) -> int:
-        """Which figure counts the answer, -1 if there is none."""
-        which = self._turn(packet, 0)
-        return which if which < 0 or batch.answer(packet) else 4
 
     def _turn(self, packet: memoryview, at: int) -> int:
         """Make the reply of an echo request whose IP header is at `at`; its figure, or -1 for what stays as it is."""
@@ -227,7 +253,7 @@ def _frame(frame: memoryview, at: int, mac: bytes, packet: bytes) -> bytes:
     return ethernet(bytes(frame[6:12]), mac, packet, ethertype, bytes(frame[12 : at - 2]))
 
 
-def _finished(packet: memoryview, header: memoryview, tap: bool) -> bool:
+def _finished(packet: memoryview, header: memoryview, *, tap: bool) -> bool:
     """Whether a packet is whole, its checksum put in if only that was missing."""
     if header[1]:
         return False
