@@ -5,6 +5,7 @@ from typing import Any
 
 from service.api.resources import command_json, intent_changes, outcome_json
 from service.domain import events as ev
+from service.domain.chain import is_chain, shown
 from service.domain.errors import ErrorCode, TunledgerError
 from service.store.reader import LogReader
 
@@ -87,7 +88,9 @@ def entry(event: ev.Recorded, outcome: ev.Recorded | None = None) -> dict[str, A
         "changes": [],
         "reason": "",
     }
-    if isinstance(body, ev.Intent | ev.CommandRejected | ev.ChangeConfirmed):
+    if isinstance(
+        body, ev.Intent | ev.CommandRejected | ev.ChangeConfirmed | ev.CaptureStarted | ev.ReconcileRequested
+    ):
         told["user"] = body.request.user
         told["peer"] = body.request.peer
         told["via"] = body.request.via
@@ -213,6 +216,8 @@ def _counts(body: ev.StartupReconciled) -> str:
 
 
 def _text(value: Any) -> str:
+    if is_chain(value):
+        return shown(value)
     if isinstance(value, list):
         return ",".join(map(str, value)) or "none"
     return "absent" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -20,7 +20,7 @@ from service.cli.options import (
     segment,
     write_options,
 )
-from service.domain.chain import BUILT_IN
+from service.domain.chain import BUILT_IN, shown
 
 NONE = "none"  # what takes a field back to nothing on the command line
 
@@ -286,8 +286,8 @@ def _desired(desired: Any, observed: Any) -> str:
 
 def _plain(value: Any) -> str:
     if isinstance(value, dict) and "running" in value:
-        names = " > ".join(stage["processor"] for stage in value.get("chain", ()))
-        return ("running" if value["running"] else "stopped") + (f": {names}" if names else "")
+        chain = value.get("chain", ())
+        return ("running" if value["running"] else "stopped") + (f": {shown(chain)}" if chain else "")
     return show.value(value)
 
 

@@ -8,6 +8,8 @@ from typing import Any, Literal, TextIO
 
 import click
 
+from service.domain.chain import is_chain, shown
+
 
 def emit_json(value: Any) -> None:
     """One JSON document on standard output."""
@@ -105,7 +107,7 @@ def value(found: Any) -> str:
                 found if found and found.isprintable() and " " not in found else json.dumps(found, ensure_ascii=False)
             )
         case list():
-            return ", ".join(map(value, found)) or "none"
+            return shown(found) if is_chain(found) else ", ".join(map(value, found)) or "none"
         case Mapping():
             return ", ".join(f"{key}={value(item)}" for key, item in found.items()) or "none"
         case _:

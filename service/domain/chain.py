@@ -7,8 +7,9 @@ the log can hold.
 """
 
 import ipaddress
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from service.domain.errors import ErrorCode, TunledgerError, invalid, shown_key
@@ -65,6 +66,29 @@ def targets(chain: Chain) -> frozenset[str]:
             case "balance":
                 found.update(target["to"] for target in stage["to"])
     return frozenset(found)
+
+
+def shown(stages: Sequence[Mapping[str, Any]]) -> str:
+    """A chain for people: "inspect > reply:networks=10.0.0.0/24", options that are as by default left out."""
+    return " > ".join(map(_shown_stage, stages)) or "none"
+
+
+def is_chain(value: object) -> bool:
+    """Whether a JSON value is a chain with at least one stage."""
+    return isinstance(value, list) and bool(value) and all(isinstance(s, Mapping) and "processor" in s for s in value)
+
+
+def _shown_stage(stage: Mapping[str, Any]) -> str:
+    defaults = {key: default for key, (_parse, default) in BUILT_IN.get(stage["processor"], {}).items()}
+    defaults |= {"processor": stage["processor"], "on_crash": ON_CRASH[0]}
+    told = [f"{key}={_shown_option(value)}" for key, value in stage.items() if defaults.get(key, _REQUIRED) != value]
+    return f"{stage['processor']}:{','.join(told)}" if told else str(stage["processor"])
+
+
+def _shown_option(value: object) -> str:
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return "+".join(value)
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
 def custom(chain: Chain) -> frozenset[str]:

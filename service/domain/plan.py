@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from service.domain import steps as st
+from service.domain.chain import is_chain, shown
 from service.domain.decide import name_taken
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.observed import ObservedLink
@@ -285,8 +286,6 @@ def _words(value: object) -> str:
         case bool():
             return "true" if value else "false"
         case list():
-            return ", ".join(
-                str(item.get("processor", item)) if isinstance(item, dict) else str(item) for item in value
-            ) or ("none")
+            return shown(value) if is_chain(value) else ", ".join(map(str, value)) or "none"
         case _:
             return str(value)

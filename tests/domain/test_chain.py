@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from service.domain.chain import BUILT_IN, STAGES_MAX, custom, parse_chain, targets
+from service.domain.chain import BUILT_IN, STAGES_MAX, custom, parse_chain, shown, targets
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.spec import parse_spec, spec_to_json
 
@@ -94,3 +94,17 @@ def test_every_processor_of_ours_parses_with_what_it_needs() -> None:
     }
     for processor, options in BUILT_IN.items():
         assert set(stage(processor=processor, **needed.get(processor, {}))) == {"processor", "on_crash", *options}
+
+
+def test_a_chain_is_shown_as_it_is_written_on_the_command_line() -> None:
+    chain = parse_chain(
+        [
+            {"processor": "inspect"},
+            {"processor": "reply", "networks": ["10.0.0.0/24", "fd00::/64"]},
+            {"processor": "my-own", "limit": 3, "deep": {"a": [1]}, "on_crash": "bypass"},
+        ],
+        "chain",
+    )
+    wanted = 'inspect > reply:networks=10.0.0.0/24+fd00::/64 > my-own:on_crash=bypass,limit=3,deep={"a":[1]}'
+    assert shown(chain) == wanted
+    assert shown([]) == "none"
