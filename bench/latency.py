@@ -46,7 +46,7 @@ def measure_latency(programs: Programs, space: Namespace) -> None:
             worker = worker_of(service.process.pid)
             os.sched_setaffinity(worker, {READER_CPU})
             fd = open_tun(OTHER, "10.61.0.1")
-            client = http.client.HTTPConnection("127.0.0.1", service.port)
+            client = http.client.HTTPConnection("127.0.0.1", service.port, timeout=30)
             try:
                 with running([programs["read"], str(fd), "bare", "0"], READER_CPU, [fd]) as reader:
                     flood = [programs["flood"], OURS, "udp", "10.60.0.1", "10.60.1.1", "64", "1000"]
