@@ -75,6 +75,8 @@ class Attachment:
     """Whether the worker has said that it has it."""
     busy: Busy | None = "attaching"
     """What a caller is doing with it."""
+    waits: bool = False
+    """Whether that caller waits until others are done with another device."""
     stages: list[Held | None] = field(default_factory=list)
     """By place in the chain; None: bypassed."""
     taps: list[Held] = field(default_factory=list)

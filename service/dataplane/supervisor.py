@@ -40,7 +40,7 @@ from typing import Any, Final
 import structlog
 
 from service import failpoints
-from service.dataplane import syscalls
+from service.dataplane import layout, syscalls
 from service.dataplane.attachment import Attachment, Busy, DeviceCounters, Held, StageStatus
 from service.dataplane.contract import Mode
 from service.dataplane.crashes import Crash, Crashes
@@ -74,6 +74,9 @@ DEVICES_PER_WORKER: Final = 4096
 STUCK_S: Final = 2.0
 LOOK_S: Final = 0.5
 """How often the loops of workers with processors are looked at: an endless one is killed within 2.5 s."""
+
+POKE_S: Final = 0.1
+"""Stages may ask to be looked at as often as they like; they are this often."""
 
 TAPS_MAX: Final = 8
 
@@ -131,6 +134,9 @@ def respawn_delay_s(deaths: int) -> float:
 
 _EndedTap = tuple[int, Mapping[str, int]]
 
+_Made = tuple[list[Held | None], list[int]]
+"""Stages as a worker is to be told, and the descriptors to send along, to be closed afterwards."""
+
 
 class Supervisor:
     """The workers. Methods are thread-safe, block for a bounded time, and raise DataplaneError.
@@ -164,8 +170,8 @@ class Supervisor:
         shown, because of `packets_per_s` (for each worker) or because nobody read in time; an empty line
         carries the number alone. None: packets are not put in words.
         `processors` are those of other packages (`registry.discover`). `files_for` is asked for the descriptors of
-        stages that want some. `on_poke`: a stage asked to be looked at. `on_tap_ended` gets device, tap, its last
-        figures and why, where `untap` was not called.
+        stages that want some. `on_poke`: stages asked to be looked at, told at most once in `POKE_S`. `on_tap_ended`
+        gets device, tap, its last figures and why, where `untap` was not called.
         Raises ValueError on a number below 1, and DataplaneError `unsupported` on a 32-bit machine.
         """
         if min(workers, packets_per_s, devices_per_worker) < 1:
@@ -204,6 +210,9 @@ class Supervisor:
         self._epoll: select.epoll | None = None
         self._wake = -1
         self._watched: dict[int, WorkerProcess] = {}
+        self._poked = False
+        self._poke_due = 0.0
+        """When `on_poke` may be called again, on time.monotonic()."""
 
     # -- for everyone
 
@@ -245,18 +254,20 @@ class Supervisor:
         this method's: it is closed in every case before this returns or raises. Packets must come without `IFF_PI`
         headers, and with `IFF_VNET_HDR` ones if `work` says so.
 
-        Raises DataplaneError: `already_attached`; `device_busy` while another call changes it or one that it
-        exchanges packets with; `worker_full`; `attach_refused` with the kernel's reason; `stage_refused` with the
-        processor's; `processor_crashed` while one that crashed again and again has to wait; and, worth another try,
-        `no_worker`, `worker_gone` or `worker_timeout`, the last after `REQUEST_TIMEOUT_S`. After an error no worker
-        holds the device. Source: unix(7), SCM_RIGHTS.
+        Raises DataplaneError: `already_attached`; `device_busy` while another call changes it, or if one has changed
+        a device that it exchanges packets with for `REQUEST_TIMEOUT_S`; `worker_full`; `attach_refused` with the
+        kernel's reason; `stage_refused` with the processor's; `processor_crashed` while one that crashed again and
+        again has to wait; and, worth another try, `no_worker`, `worker_gone` or `worker_timeout`, the last after
+        `REQUEST_TIMEOUT_S`. After an error no worker holds the device. Source: unix(7), SCM_RIGHTS.
         """
         deadline = time.monotonic() + REQUEST_TIMEOUT_S
         try:
             attachment = self._reserve(device, device if name is None else name, mode, work, deadline)
             try:
-                self._gather(attachment, attachment.worker, targets(work.chain), deadline)
-                self._hand_over(attachment, fd, deadline)
+                self._gather(attachment, attachment.worker, targets(work.chain))
+                self._see_up(attachment, attachment.worker, time.monotonic() + REQUEST_TIMEOUT_S)
+                made = self._stages(attachment, work, ())
+                self._hand_over(attachment, fd, made, time.monotonic() + REQUEST_TIMEOUT_S)
             except BaseException:
                 with self._lock:
                     self._release(attachment)
@@ -271,9 +282,9 @@ class Supervisor:
         """Do something else with a device's packets from the next batch on; none is lost.
 
         Stages that the old chain and the new one have in common keep what they know. Of `work`, `vnet_hdr` must be
-        as it was. Raises DataplaneError as `attach`, and `not_attached`; after an error the old chain is at work.
+        as it was. Raises DataplaneError as `attach`, `not_attached`, and `device_busy` if others have changed it for
+        `REQUEST_TIMEOUT_S`; after an error the old chain is at work, unless `on_device_lost` was told otherwise.
         """
-        deadline = time.monotonic() + REQUEST_TIMEOUT_S
         with self._claimed(device) as attachment:
             if work.vnet_hdr != attachment.work.vnet_hdr:
                 raise DataplaneError(
@@ -283,12 +294,12 @@ class Supervisor:
             with self._lock:
                 worker = self._meeting_place(attachment, sends_to)
             if worker is not attachment.worker:
-                self._move(attachment, worker, deadline)
+                self._move(attachment, worker)
                 with self._lock:
                     if self._attachments.get(device) is not attachment:
                         raise DataplaneError("worker_gone", f"{attachment.name}: lost on its way", retry=True)
-            self._gather(attachment, worker, sends_to, deadline)
-            self._reconfigure(attachment, work, attachment.taps, deadline)
+            self._gather(attachment, worker, sends_to)
+            self._reconfigure(attachment, work, attachment.taps)
             with self._lock:
                 self._neighbours.put(device, {attachment.name, *sends_to})
 
@@ -299,15 +310,14 @@ class Supervisor:
         SIGKILL after `REQUEST_TIMEOUT_S`, which then costs its other devices their worker, too (`on_exit`).
         A device that was lost before gives its last figures, once.
 
-        Raises DataplaneError: `device_busy` while another call attaches or detaches it, `worker_stuck` if
-        the worker survives SIGKILL.
+        Raises DataplaneError: `device_busy` while another call attaches or detaches it, or if others have changed it
+        for `REQUEST_TIMEOUT_S`; `worker_stuck` if the worker survives SIGKILL.
         """
         with self._lock:
             self._crashes.forget(device)
-            attachment = self._attachments.get(device)
+            attachment = self._claim(device, "detaching", None)
             if attachment is None:
                 return self._last.pop(device, None)
-            self._claim(attachment, "detaching")
         worker = attachment.worker
         deadline = time.monotonic() + REQUEST_TIMEOUT_S
         try:
@@ -354,7 +364,6 @@ class Supervisor:
         It sees what the wire would. `files` are descriptors for it; they stay the caller's. It ends with `untap`, or
         with the attach (`on_tap_ended`). Raises DataplaneError as `configure`, and `worker_full` beyond `TAPS_MAX`.
         """
-        deadline = time.monotonic() + REQUEST_TIMEOUT_S
         with self._claimed(device) as attachment:
             if len(attachment.taps) >= TAPS_MAX:
                 raise DataplaneError("worker_full", f"{attachment.name}: {TAPS_MAX} taps, its limit", retry=False)
@@ -365,19 +374,16 @@ class Supervisor:
             held, fds = self._provisions.stage(device, attachment.name, -1, area, stage, files)
             held.tap = tap
             try:
-                self._reconfigure(attachment, attachment.work, [held, *attachment.taps], deadline, fds)
+                self._reconfigure(attachment, attachment.work, [held, *attachment.taps], fds)
             finally:
                 close_all(fds)
             return tap
 
     def untap(self, device: str, tap: int) -> Mapping[str, int]:
         """Take a tap away, and return its final figures. Raises DataplaneError as `configure`, and `no_tap`."""
-        deadline = time.monotonic() + REQUEST_TIMEOUT_S
         with self._claimed(device) as attachment:
             held = self._tap_of(attachment, tap)
-            self._reconfigure(
-                attachment, attachment.work, [each for each in attachment.taps if each is not held], deadline
-            )
+            self._reconfigure(attachment, attachment.work, [each for each in attachment.taps if each is not held])
             with self._lock:
                 return attachment.own_figures(held)
 
@@ -394,8 +400,8 @@ class Supervisor:
 
         `fd` stays the caller's. Raises DataplaneError as `configure`, `no_tap` if it is not there or takes none.
         """
-        deadline = time.monotonic() + REQUEST_TIMEOUT_S
         with self._claimed(device) as attachment:
+            deadline = time.monotonic() + REQUEST_TIMEOUT_S
             if stage >= 0:
                 held: Held | None = self._tap_of(attachment, stage)
             else:
@@ -540,7 +546,7 @@ class Supervisor:
                 weights[held.worker] = weights.get(held.worker, 0) + weight
         return max(weights, key=lambda worker: weights[worker]) if weights else None
 
-    def _gather(self, attachment: Attachment, worker: WorkerProcess, sends_to: frozenset[str], deadline: float) -> None:
+    def _gather(self, attachment: Attachment, worker: WorkerProcess, sends_to: frozenset[str]) -> None:
         """Bring everything that a device exchanges packets with to its worker."""
         with self._lock:
             keys = self._neighbours.of({attachment.name, *sends_to})
@@ -552,24 +558,41 @@ class Supervisor:
                 and held.confirmed
                 and held.worker is not worker
             ]
-        for held in elsewhere:
-            with self._claimed(held.device) as claimed:
-                self._move(claimed, worker, deadline)
+        for each in elsewhere:
+            try:
+                with self._claimed(each.device, attachment) as held:
+                    if held.worker is not worker:
+                        self._move(held, worker)
+            except DataplaneError as error:
+                if error.code != "not_attached":  # it went while others were at work on it
+                    raise
 
-    def _move(self, held: Attachment, worker: WorkerProcess, deadline: float) -> None:
+    def _move(self, held: Attachment, worker: WorkerProcess) -> None:
         """Hand a device from its worker to another. What the kernel queues for it waits meanwhile.
 
-        If the other does not take it, it is lost as if its worker had died, and told of.
+        Everything that can be had before the one lets go is had before: up to there an error changes nothing. If the
+        other does not take it then, it is lost as if its worker had died, and told of; what was not the workers' doing
+        is raised as well.
         """
 
         def request(sequence: int) -> Request:
             return Release(sequence, held.slot, held.serial)
 
-        reply, fd = self._ask(held, request, deadline, ())
-        if reply.error or fd is None:
-            raise DataplaneError("worker_gone", f"{held.name}: {_errno_text(reply.error)}", retry=True)
-        trouble: DataplaneError | None = None
+        self._see_up(held, worker, time.monotonic() + REQUEST_TIMEOUT_S)
+        with self._lock:
+            if self._posts[worker.index].live is not worker:
+                raise DataplaneError("worker_gone", f"{_where(held, worker)} died", retry=True)
+            if not worker.free_slots:
+                raise DataplaneError("worker_full", f"{held.name}: worker {worker.index} is full", retry=True)
+            slot = worker.free_slots.pop()
+        made: _Made = [], []
+        fd: int | None = None
         try:
+            made = self._stages(held, held.work, (), anew=True)
+            deadline = time.monotonic() + REQUEST_TIMEOUT_S  # that may have taken its time
+            reply, fd = self._ask(held, request, deadline, ())
+            if reply.error:
+                raise DataplaneError("worker_gone", f"{held.name}: {_errno_text(reply.error)}", retry=True)
             with self._lock:
                 if self._attachments.get(held.device) is not held:
                     return  # its worker died right after, and the watcher has told of it
@@ -580,39 +603,49 @@ class Supervisor:
                 held.stages = []
                 self._serial += 1
                 held.worker, held.serial = worker, self._serial
-                held.slot = worker.free_slots.pop() if worker.free_slots else -1
-            self._tell_taps(held, ended, "the interface went to another worker")
+                held.slot, slot = slot, -1
             try:
-                if held.slot < 0:
-                    raise DataplaneError("worker_full", f"worker {worker.index} is full", retry=True)
-                self._hand_over(held, fd, deadline, then="changing")
-            except DataplaneError as error:
-                trouble = error
+                self._tell_taps(held, ended, "the interface went to another worker")
+                if fd is None:  # no descriptor of ours was free for it
+                    raise DataplaneError("worker_gone", f"{held.name}: {_errno_text(errno.EMFILE)}", retry=True)
+                self._hand_over(held, fd, made, deadline, then="changing")
+            except BaseException as error:
+                with self._lock:
+                    self._keep(held)
+                    self._devices_lost += 1
+                self._tell_lost([(held, str(error) or type(error).__name__)])
+                if not isinstance(error, DataplaneError):
+                    raise
         finally:
-            os.close(fd)
-        if trouble is not None:
-            with self._lock:
-                self._keep(held)
-                self._devices_lost += 1
-            self._tell_lost([(held, trouble.message)])
+            close_all([*made[1], *([] if fd is None else [fd])])
+            if slot >= 0:
+                with self._lock:
+                    worker.free_slots.append(slot)
 
-    def _hand_over(self, attachment: Attachment, fd: int, deadline: float, then: Busy | None = None) -> None:
-        """Give `fd` and the work to the attachment's worker. Raises DataplaneError; no worker has it then."""
-        worker = attachment.worker
+    def _see_up(self, attachment: Attachment, worker: WorkerProcess, deadline: float) -> None:
+        """Return once a worker has ever answered: it may just be slow to start, which is no reason to kill it."""
+        if worker.answered:
+            return
+        try:
+            worker.ping(deadline)
+        except (NoAnswerError, NotAskedError):
+            raise self._timeout(attachment, worker) from None
+        except PeerGoneError:
+            self._see_dead(worker, attachment.name, EXIT_TIMEOUT_S)
+            raise DataplaneError("worker_gone", f"{_where(attachment, worker)} died", retry=True) from None
+
+    def _hand_over(
+        self, attachment: Attachment, fd: int, made: _Made, deadline: float, then: Busy | None = None
+    ) -> None:
+        """Give `fd` and the work to the attachment's worker. Raises DataplaneError; no worker has it then.
+
+        The descriptors in `made` are closed, and gone from it.
+        """
 
         def request(sequence: int) -> Request:
             return Attach(sequence, attachment.slot, attachment.serial)
 
-        if not worker.answered:
-            # It may just be slow to start, which is no reason to kill it: see first, send then.
-            try:
-                worker.ping(deadline)
-            except (NoAnswerError, NotAskedError):
-                raise self._timeout(attachment) from None
-            except PeerGoneError:
-                self._see_dead(worker, attachment.name, EXIT_TIMEOUT_S)
-                raise DataplaneError("worker_gone", f"{_where(attachment)} died", retry=True) from None
-        stages, files = self._stages(attachment, attachment.work, ())
+        stages, files = made
         try:
             setup = _setup(attachment, attachment.work, stages, [])
             failpoints.reach("dataplane.hand_over.before", fails=True)
@@ -628,6 +661,7 @@ class Supervisor:
             ) from failure
         finally:
             close_all(files)
+            files.clear()
         _raise_refusal(attachment, reply)
         with self._lock:
             if self._attachments.get(attachment.device) is not attachment:
@@ -636,6 +670,7 @@ class Supervisor:
             attachment.name_figures(json.loads(reply.text))
             attachment.confirmed = True
             attachment.busy = then
+            self._lock.notify_all()
             self._last.pop(attachment.device, None)
             if stages:
                 self._poke()  # from now on the loop is looked at
@@ -645,7 +680,6 @@ class Supervisor:
         attachment: Attachment,
         work: Work,
         taps: Sequence[Held],
-        deadline: float,
         files_of_tap: Sequence[int] = (),
     ) -> None:
         """Have the worker change the stages. `files_of_tap` are those of a tap that is new, the first of `taps`."""
@@ -656,6 +690,7 @@ class Supervisor:
         with self._lock:
             old = [held for held in attachment.stages if held is not None]
         stages, files = self._stages(attachment, work, old)
+        deadline = time.monotonic() + REQUEST_TIMEOUT_S  # that may have taken its time
         try:
             with self._lock:
                 attachment.coming = work, [stage for stage in (*taps, *stages) if stage is not None]
@@ -678,11 +713,14 @@ class Supervisor:
             attachment.name_figures(json.loads(reply.text))
             self._poke()
 
-    def _stages(self, attachment: Attachment, work: Work, old: Sequence[Held]) -> tuple[list[Held | None], list[int]]:
-        """A chain's stages as a worker is to be told, with the descriptors of the new ones, in order."""
+    def _stages(self, attachment: Attachment, work: Work, old: Sequence[Held], *, anew: bool = False) -> _Made:
+        """A chain's stages as a worker is to be told, with the descriptors of the new ones, in order.
+
+        `anew`: the worker is one that has none of the device's stages yet.
+        """
         with self._lock:
             bypassed = self._crashes.bypassed(attachment.device, work.chain)
-            areas = attachment.free_areas()
+            areas = list(range(layout.AREAS)) if anew else attachment.free_areas()
         by_area = {held.setup.area: held for held in old}
         same = unchanged([held.setup for held in old], work.chain)
         stages: list[Held | None] = []
@@ -724,29 +762,51 @@ class Supervisor:
             raise DataplaneError("worker_gone", f"{_where(attachment)} died", retry=True) from None
 
     @staticmethod
-    def _timeout(attachment: Attachment) -> DataplaneError:
-        message = f"{_where(attachment)} has not answered for {REQUEST_TIMEOUT_S:g} s"
+    def _timeout(attachment: Attachment, worker: WorkerProcess | None = None) -> DataplaneError:
+        message = f"{_where(attachment, worker)} has not answered for {REQUEST_TIMEOUT_S:g} s"
         return DataplaneError("worker_timeout", message, retry=True)
 
     @contextmanager
-    def _claimed(self, device: str) -> Iterator[Attachment]:
-        """An attachment that nobody else changes meanwhile. Raises DataplaneError `not_attached`, `device_busy`."""
+    def _claimed(self, device: str, beside: Attachment | None = None) -> Iterator[Attachment]:
+        """An attachment that nobody else changes meanwhile, `beside` one that the caller has claimed already.
+
+        Raises DataplaneError `not_attached`, `device_busy`.
+        """
         with self._lock:
-            attachment = self._attachments.get(device)
-            if attachment is None or not (attachment.confirmed or attachment.busy):
+            attachment = self._claim(device, "changing", beside)
+            if attachment is None:
                 raise DataplaneError("not_attached", f"{device}: no worker has it", retry=True)
-            self._claim(attachment, "changing")
         try:
             yield attachment
         finally:
             with self._lock:
                 attachment.busy = None
+                self._lock.notify_all()
 
-    @staticmethod
-    def _claim(attachment: Attachment, busy: Busy) -> None:
-        if attachment.busy:
-            raise _busy(attachment)
-        attachment.busy = busy
+    def _claim(self, device: str, busy: Busy, beside: Attachment | None) -> Attachment | None:
+        """Under the lock: wait until nobody else changes a device, and claim it; None if it is not there any more.
+
+        Raises DataplaneError `device_busy` after `REQUEST_TIMEOUT_S`, at once where it comes or goes. What is asked of
+        a worker afterwards has its own deadline: one is killed for not answering, and must have had the time to.
+        """
+        deadline = time.monotonic() + REQUEST_TIMEOUT_S
+        try:
+            while (held := self._attachments.get(device)) is not None and held.busy:
+                # Who waits for another holds its own meanwhile: waiting for such a one could go in a circle.
+                in_circle = beside is not None and held.waits
+                # And the watcher's thread brings the workers that others wait for.
+                if held.busy != "changing" or in_circle or threading.current_thread() is self._watcher:
+                    raise _busy(held)
+                if beside is not None:
+                    beside.waits = True
+                if not self._lock.wait(max(0.0, deadline - time.monotonic())):
+                    raise _busy(held)
+        finally:
+            if beside is not None:
+                beside.waits = False
+        if held is not None:
+            held.busy = busy
+        return held
 
     def _see_dead(self, worker: WorkerProcess, device: str, patience_s: float) -> None:
         """Wait for a worker that is about to die, then kill it; return when it is dead, so has no file open."""
@@ -758,6 +818,7 @@ class Supervisor:
                 held = self._attachments.get(device)
                 if held is not None and held.confirmed:
                     held.busy = None
+                    self._lock.notify_all()
             raise DataplaneError(
                 "worker_stuck", f"{device}: worker {worker.index} (pid {worker.pid}) survives SIGKILL", retry=True
             )
@@ -785,8 +846,8 @@ class Supervisor:
         if self._attachments.get(attachment.device) is attachment:
             del self._attachments[attachment.device]
             self._neighbours.remove(attachment.device)
-            if attachment.slot >= 0:
-                attachment.worker.free_slots.append(attachment.slot)
+            attachment.worker.free_slots.append(attachment.slot)
+            self._lock.notify_all()  # who waits for it need not any more
 
     def _keep(self, attachment: Attachment) -> DeviceCounters:
         """Forget an attachment, but keep its last figures."""
@@ -820,6 +881,7 @@ class Supervisor:
                     os.eventfd_read(self._wake)
                 elif self._watched.get(fd) is worker:
                     self._look(fd, worker)
+            self._tell_poked()
         self._stop_all()
         with self._lock:
             wake, self._wake = self._wake, -1
@@ -835,11 +897,18 @@ class Supervisor:
         with self._lock:
             lost = self._take_lost(worker)
         self._tell_lost(lost)
-        if self._on_poke is not None:
-            try:
-                self._on_poke()
-            except Exception:  # noqa: BLE001 - whatever it is, see on_exit
-                self._log.exception("on_poke failed", worker=worker.index)
+        self._poked = self._on_poke is not None
+
+    def _tell_poked(self) -> None:
+        """Call `on_poke` for all pokes since it was last called, once `POKE_S` have passed since then."""
+        now = time.monotonic()
+        if not self._poked or self._on_poke is None or now < self._poke_due:
+            return
+        self._poked, self._poke_due = False, now + POKE_S
+        try:
+            self._on_poke()
+        except Exception:  # noqa: BLE001 - whatever it is, see on_exit
+            self._log.exception("on_poke failed")
 
     def _kill_stuck(self) -> None:
         """Kill workers whose loop has not turned for `STUCK_S`, though there was something to do."""
@@ -869,6 +938,8 @@ class Supervisor:
             due = [post.due for post in self._posts if post.due is not None and (self._running or not post.deaths)]
             if any(held.work.chain or held.taps for held in self._attachments.values()):
                 due.append(time.monotonic() + LOOK_S)
+        if self._poked:
+            due.append(self._poke_due)
         return max(0.0, min(due) - time.monotonic()) if due else None
 
     def _spawn(self, post: _Post) -> None:
@@ -1034,11 +1105,13 @@ def _errno_text(error: int) -> str:
 
 
 def _busy(held: Attachment) -> DataplaneError:
-    return DataplaneError("device_busy", f"{held.name}: being attached or detached", retry=True)
+    doing = "changed by another call" if held.busy == "changing" else "attached or detached"
+    return DataplaneError("device_busy", f"{held.name}: being {doing}", retry=True)
 
 
-def _where(held: Attachment) -> str:
-    return f"{held.name}: worker {held.worker.index} (pid {held.worker.pid})"
+def _where(held: Attachment, worker: WorkerProcess | None = None) -> str:
+    worker = worker or held.worker
+    return f"{held.name}: worker {worker.index} (pid {worker.pid})"
 
 
 def _setup(held: Attachment, work: Work, stages: Sequence[Held | None], taps: Sequence[Held]) -> Setup:

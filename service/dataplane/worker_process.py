@@ -120,6 +120,7 @@ class WorkerProcess:
         """As `ask`, with the descriptor that came with the answer, the caller's to close."""
         if not self._asking.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise NotAskedError
+        returned: list[int] = []
         try:
             if self._control.fileno() < 0:
                 raise PeerGoneError
@@ -142,12 +143,14 @@ class WorkerProcess:
                 reply = decode_reply(data)
                 if reply.sequence == self._sequence:
                     self.answered = True
-                    return reply, returned[0] if returned else None
-                for fd in returned:
-                    os.close(fd)
+                    return reply, returned.pop() if returned else None
+                while returned:
+                    os.close(returned.pop())
         except (ConnectionError, WireError) as error:
             raise PeerGoneError from error
         finally:
+            for fd in returned:  # came with what no worker sends
+                os.close(fd)
             self._asking.release()
 
     def ping(self, deadline: float) -> None:

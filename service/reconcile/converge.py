@@ -292,14 +292,22 @@ def _configure(hands: Hands, result: Result, step: st.ConfigureProcessing) -> No
 
 
 def _tell_mtu(hands: Hands, result: Result) -> None:
-    """Tell the processors of a device that is read on."""
+    """Tell the processors of a device that is read on.
+
+    No later look would find that they were not told: where they cannot be, the worker lets go, and the next attempt
+    finds that missing and attaches with the right one.
+    """
     applied = hands.dataplane.attached().get(result.wanted.id)
     if applied is None or not applied.chain:
         return
     step = st.ConfigureProcessing(result.wanted.name, result.wanted.id, applied)
     try:
-        hands.dataplane.configure(step.interface_id, applied, _mtu(result.wanted))
+        try:
+            hands.dataplane.configure(step.interface_id, applied, _mtu(result.wanted))
+        except Exception:  # noqa: BLE001  # it may have been busy just then
+            hands.dataplane.configure(step.interface_id, applied, _mtu(result.wanted))
     except Exception as error:  # noqa: BLE001  # as above
+        _stop(hands, result, st.StopProcessing(result.wanted.name, result.wanted.id))
         result.error = _worker_failed(step, error)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,16 @@ import pytest
 from service.dataplane import syscalls
 from service.dataplane.supervisor import DataplaneError, Supervisor
 from service.dataplane.work import Work
+from service.domain.spec import Processing, parse_spec
+from service.domain.token import Token
+from service.domain.values import InterfaceId, InterfaceName, NodeId
+from service.kernel.fake import FakeKernel
+from service.reconcile.converge import Wanted, converge
+from service.reconcile.hands import Hands
 from tests.dataplane.conftest import Observed, StartSupervisor, Until
 from tests.dataplane.sample_processors import NAMES
 from tests.dataplane.test_supervisor import IPV4_UDP, MakeFeed, feed, worker_pids
+from tests.reconcile.rig import CountingDataPlane
 
 __all__ = ["feed"]
 
@@ -198,6 +206,199 @@ def test_devices_that_come_to_exchange_packets_are_brought_together_without_a_lo
     third.socket.send(IPV4_UDP)
     assert source.socket.recv(100) == IPV4_UDP
     assert (observed.exits, observed.lost) == ([], [])
+
+
+CAPTURE = {"processor": "capture", "snaplen": 128, "size_bytes": None, "interval_s": None, "files": 1}
+
+
+class Files:
+    """Gives each stage that wants a file /dev/null, or fails."""
+
+    def __init__(self) -> None:
+        self.failure: Exception | None = None
+        self.entered = threading.Event()
+        self.go = threading.Event()
+        self.go.set()
+
+    def __call__(self, device: str, name: str, place: int, spec: dict[str, Any]) -> list[int]:
+        del device, name, place, spec
+        self.entered.set()
+        assert self.go.wait(10)
+        if self.failure is not None:
+            raise self.failure
+        return [os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)]
+
+
+def test_a_device_whose_stages_cannot_be_made_for_another_worker_stays_where_it_is(
+    start: Start, feed: MakeFeed, until: Until, observed: Observed
+) -> None:
+    files = Files()
+    supervisor = start(workers=2, files_for=files)
+    target, source = feed(), feed()
+    supervisor.attach("a", target.fd, mode="tun", name="tun0", work=chain(CAPTURE))
+    supervisor.attach("b", source.fd, mode="tun", name="tun1", work=chain(COUNT, COUNT))
+    files.failure = TimeoutError("the disk is slow")
+    sending = chain(COUNT, COUNT, {"processor": "send", "to": "tun0"})
+    with pytest.raises(TimeoutError):
+        supervisor.configure("b", sending)
+    assert set(supervisor.attached()) == {"a", "b"}
+    target.socket.send(IPV4_UDP)
+    until(lambda: supervisor.stages("a")[0].packets_in == 1)
+    assert observed.lost == []
+    files.failure = None
+    supervisor.configure("b", sending)
+    source.socket.send(IPV4_UDP)
+    assert target.socket.recv(100) == IPV4_UDP
+
+
+def test_whatever_fails_after_a_device_was_released_has_it_lost_and_told_of(
+    start: Start, feed: MakeFeed, observed: Observed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervisor = start(workers=2)
+    target, source, again = feed(), feed(), feed()
+    supervisor.attach("a", target.fd, mode="tun", name="tun0")
+    supervisor.attach("b", source.fd, mode="tun", name="tun1", work=chain(COUNT))
+    sending = chain(COUNT, {"processor": "send", "to": "tun0"})
+
+    def fails(setup: object) -> int:
+        raise MemoryError("nothing left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("service.dataplane.supervisor.written", fails)
+        with pytest.raises(MemoryError):
+            supervisor.configure("b", sending)
+    assert observed.lost == [("a", "nothing left")]
+    assert target.released()
+    assert set(supervisor.attached()) == {"b"}
+    supervisor.attach("a", again.fd, mode="tun", name="tun0")
+    supervisor.configure("b", sending)
+    source.socket.send(IPV4_UDP)
+    assert again.socket.recv(100) == IPV4_UDP
+
+
+def test_a_device_for_which_there_is_no_room_elsewhere_stays_where_it_is(
+    start: Start, feed: MakeFeed, until: Until, observed: Observed
+) -> None:
+    supervisor = start(workers=2, devices_per_worker=2)
+    devices = {key: feed() for key in "abcd"}  # a and c with one worker, b and d with the other
+    for key, device in devices.items():
+        supervisor.attach(key, device.fd, mode="tun", name=f"tun-{key}", work=chain(COUNT))
+    before = supervisor.attached()
+    for moved, other in ("ab", "ba"):
+        for _ in range(3):
+            with pytest.raises(DataplaneError) as caught:
+                supervisor.configure(moved, chain(COUNT, {"processor": "send", "to": f"tun-{other}"}))
+            assert caught.value.code == "worker_full"
+    assert supervisor.attached() == before
+    for key, device in devices.items():
+        device.socket.send(IPV4_UDP)
+        until(lambda key=key: supervisor.stages(key)[0].figures["seen"] == 1)
+    assert observed.lost == []
+    supervisor.detach("c")
+    supervisor.detach("d")
+    supervisor.configure("a", chain(COUNT, {"processor": "send", "to": "tun-b"}))
+    devices["a"].socket.send(IPV4_UDP)
+    assert devices["b"].socket.recv(100) == IPV4_UDP
+
+
+def test_calls_wait_for_the_one_that_is_at_work_on_the_device(start: Start, feed: MakeFeed) -> None:
+    files = Files()
+    supervisor = start(files_for=files)
+    supervisor.attach("a", feed().fd, mode="tun", work=chain(COUNT))
+    calls: list[Callable[[], object]] = [
+        lambda: supervisor.configure("a", chain(COUNT)),
+        lambda: supervisor.untap("a", supervisor.tap("a", {**COUNT, "on_crash": "restart"})),
+        lambda: supervisor.detach("a"),
+    ]
+    for number, call in enumerate(calls, 1):
+        files.go.clear()
+        files.entered.clear()
+        first = threading.Thread(target=supervisor.configure, args=("a", chain({**CAPTURE, "files": number})))
+        first.start()
+        assert files.entered.wait(10)
+        threading.Timer(0.1, files.go.set).start()
+        call()
+        first.join()
+    assert dict(supervisor.attached()) == {}
+
+
+def test_a_device_that_others_do_not_finish_with_is_busy(
+    start: Start, feed: MakeFeed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = Files()
+    supervisor = start(files_for=files)
+    supervisor.attach("a", feed().fd, mode="tun", work=chain(COUNT))
+    files.go.clear()
+    files.failure = OSError("too late")
+    failures: list[str] = []
+
+    def change() -> None:
+        try:
+            supervisor.configure("a", chain(CAPTURE))
+        except OSError as error:
+            failures.append(str(error))
+
+    first = threading.Thread(target=change)
+    first.start()
+    assert files.entered.wait(10)
+    with monkeypatch.context() as patched:
+        patched.setattr("service.dataplane.supervisor.REQUEST_TIMEOUT_S", 0.1)
+        with pytest.raises(DataplaneError) as caught:
+            supervisor.configure("a", chain(COUNT))
+        assert (caught.value.code, caught.value.retry) == ("device_busy", True)
+    files.go.set()
+    first.join()
+    assert failures == ["too late"]
+    supervisor.configure("a", chain(COUNT, COUNT))
+
+
+def test_nobody_waits_in_a_circle(start: Start, feed: MakeFeed) -> None:
+    supervisor = start()
+    for key in "ab":
+        supervisor.attach(key, feed().fd, mode="tun")
+    with supervisor._claimed("a") as first, supervisor._claimed("b") as second:
+        first.waits = True  # for b
+        with pytest.raises(DataplaneError, match="changed by another call"), supervisor._claimed("a", second):
+            pass
+        first.waits = False
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_processors_learn_a_new_mtu_though_telling_them_fails(failures: int) -> None:
+    plane = MtuPlane()
+    hands = Hands(FakeKernel(), plane)
+    token = Token(NodeId("0" * 12), InterfaceId("0190b8a0-0000-7000-8000-000000000001"))
+    fields = {"name": "tun0", "processing": {"running": True, "chain": [{"processor": "inspect"}]}}
+    name = InterfaceName("tun0")
+    (made,) = converge(hands, [Wanted(token, name, parse_spec({**fields, "mtu": 1500}))])
+    assert (made.error, plane.mtus) == (None, {token.interface_id: 1500})
+    plane.failures = failures
+    wanted = Wanted(token, name, parse_spec({**fields, "mtu": 1400}))
+    (changed,) = converge(hands, [wanted])
+    assert (changed.error is None) is (failures == 1)
+    (last,) = converge(hands, [wanted])
+    assert (last.error, plane.mtus) == (None, {token.interface_id: 1400})
+    plane.close()
+
+
+class MtuPlane(CountingDataPlane):
+    """Keeps what was said of the mtu; `configure` fails so many times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mtus: dict[str, int] = {}
+        self.failures = 0
+
+    def attach(self, device: str, fd: int, *, mtu: int = 1500, **others: Any) -> str:
+        self.mtus[device] = mtu
+        return super().attach(device, fd, mtu=mtu, **others)
+
+    def configure(self, device: str, processing: Processing, mtu: int) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise DataplaneError("device_busy", "another call is at work on it", retry=True)
+        self.mtus[device] = mtu
+        super().configure(device, processing, mtu)
 
 
 def test_a_processor_can_open_nothing_and_start_nothing(

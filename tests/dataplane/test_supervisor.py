@@ -1,11 +1,13 @@
 """The supervisor and real workers, on sockets in place of devices: they are as readable, and take any bytes."""
 
 import contextlib
+import itertools
 import os
 import random
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from service.dataplane.supervisor import (
     WorkerExit,
     respawn_delay_s,
 )
-from service.dataplane.worker_process import WorkerProcess
+from service.dataplane.worker_process import PeerGoneError, WorkerProcess
 from service.packet.classify import CLASSES, classify
 from tests.dataplane.conftest import Observed, StartSupervisor, Until
 
@@ -483,6 +485,50 @@ def test_a_device_that_ends_is_told_of_and_the_others_go_on(
     other.socket.send(IPV4_UDP)
     until(lambda: packets(supervisor, "other") == 1)
     assert observed.exits == []
+
+
+def test_pokes_are_told_of_every_100_ms_at_most_and_the_last_one_is(
+    start_supervisor: StartSupervisor, until: Until
+) -> None:
+    told: list[float] = []
+    supervisor = start_supervisor(on_poke=lambda: told.append(time.monotonic()))
+    worker = supervisor._posts[0].live
+    assert worker is not None
+    end = time.monotonic() + 0.35
+    pause = threading.Event()
+    while time.monotonic() < end:
+        last = time.monotonic()
+        os.eventfd_write(worker.notice, 1)
+        pause.wait(0.002)
+    until(lambda: told and told[-1] >= last)
+    assert all(later - earlier > 0.09 for earlier, later in itertools.pairwise(told)), told
+
+
+def test_a_descriptor_that_comes_with_nonsense_is_closed(start_supervisor: StartSupervisor) -> None:
+    worker = start_supervisor()._posts[0].live
+    assert worker is not None
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def answer() -> None:
+        theirs.recv(100)
+        socket.send_fds(theirs, [b"nonsense"], [writer])
+        os.close(writer)
+
+    true = worker._control
+    worker._control = mine
+    try:
+        peer = threading.Thread(target=answer)
+        peer.start()
+        with pytest.raises(PeerGoneError):
+            worker.ping(time.monotonic() + 5)
+        peer.join()
+        assert os.read(reader, 1) == b"", "nobody has the other end"
+    finally:
+        worker._control = true
+        mine.close()
+        theirs.close()
+        os.close(reader)
 
 
 def test_start_fails_if_a_worker_does_not_come_up(start_supervisor: StartSupervisor, observed: Observed) -> None:
