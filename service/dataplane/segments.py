@@ -23,7 +23,8 @@ def plain(
 ) -> tuple[list[Packet], list[int]]:
     """Return the packets that these stand for, and of which each is; those that make no sense are dropped.
 
-    Checksums are finished in place; what is cut is in buffers of its own.
+    Checksums are finished in place, and the header then says so: a packet may be sent to several devices, and what is
+    finished must not be finished again. What is cut is in buffers of its own.
     """
     found: list[Packet] = []
     origins: list[int] = []
@@ -35,7 +36,12 @@ def plain(
                 origins.extend([index] * len(pieces))
                 continue
             if header[0] & F_NEEDS_CSUM:
-                finish(packet, header, mode)
+                if header.readonly:  # a processor's own: what cannot be said in it must not be done to its packet
+                    packet = memoryview(bytearray(packet))  # noqa: PLW2901
+                    finish(packet, header, mode)
+                else:
+                    finish(packet, header, mode)
+                    header[0] &= ~F_NEEDS_CSUM
         except CannotCut:
             drop(DropReason.TOO_BIG, 1)
         else:

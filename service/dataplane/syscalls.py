@@ -3,13 +3,22 @@
 All that is not named is refused with EPERM: a processor cannot open a file or a socket, start a process, send a signal,
 or change anything it has no descriptor of. Named is what the loop, Python's memory and threads need, and what can be
 done with descriptors that the service handed over.
+
+Calls that do many things are allowed by their arguments. `fcntl` and `ioctl` would otherwise have the kernel send
+signals to the service (F_SETOWN, F_SETSIG, O_ASYNC), have it wait for descriptors that are shared with it (O_NONBLOCK
+taken away, also by FIONBIO), or keep and give away a device (TUNSETPERSIST, TUNSETOWNER).
+
+What is left open: paths are in memory, where no filter looks. Whoever makes `newfstatat` by hand, with AT_EMPTY_PATH
+and a path all the same, learns size, mode and times of a file that its user may look up, not what is in it.
 """
 
 import ctypes
 import errno
+import fcntl
 import os
 import platform
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -30,7 +39,6 @@ _ALLOWED: Final[dict[str, tuple[int | None, int | None]]] = {
     "exit": (60, 93),
     "exit_group": (231, 94),
     "fallocate": (285, 47),
-    "fcntl": (72, 25),
     "fdatasync": (75, 83),
     "fstat": (5, 80),
     "fsync": (74, 82),
@@ -45,7 +53,6 @@ _ALLOWED: Final[dict[str, tuple[int | None, int | None]]] = {
     "gettid": (186, 178),
     "gettimeofday": (96, 169),
     "getuid": (102, 174),
-    "ioctl": (16, 29),
     "lseek": (8, 62),
     "madvise": (28, 233),
     "membarrier": (324, 283),
@@ -55,7 +62,6 @@ _ALLOWED: Final[dict[str, tuple[int | None, int | None]]] = {
     "msync": (26, 227),
     "munmap": (11, 215),
     "nanosleep": (35, 101),
-    "newfstatat": (262, 79),  # how glibc does fstat
     "poll": (7, None),
     "ppoll": (271, 73),
     "pread64": (17, 67),
@@ -85,12 +91,22 @@ _ALLOWED: Final[dict[str, tuple[int | None, int | None]]] = {
     "write": (1, 64),
     "writev": (20, 66),
 }
+_FCNTL: Final = (72, 25)
+_IOCTL: Final = (16, 29)
+_NEWFSTATAT: Final = (262, 79)  # how glibc 2.33 and later does fstat, which mmap and FileIO need
 _CLONE: Final = (56, 220)
 _CLONE3: Final = (435, 435)
 _TGKILL: Final = (234, 131)
 _CLONE_THREAD: Final = 0x10000  # linux/sched.h
+_AT_EMPTY_PATH: Final = 0x1000  # linux/fcntl.h
+_TUNSETOFFLOAD: Final = 0x400454D0  # linux/if_tun.h
 
 _MACHINES: Final = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH_ (linux/audit.h)
+
+_FCNTL_COMMANDS: Final = (fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL)  # os.dup, mmap
+NON_BLOCKING: Final = os.O_RDWR | os.O_NONBLOCK
+"""The one set of flags that a descriptor may be given, by F_SETFL: they are those of the description, which the service
+may have, too."""
 
 _PR_SET_SECCOMP: Final = 22  # linux/prctl.h
 _SECCOMP_MODE_FILTER: Final = 2  # linux/seccomp.h
@@ -99,7 +115,9 @@ _RET_ERRNO: Final = 0x00050000
 _RET_KILL_PROCESS: Final = 0x80000000
 
 # Offsets in struct seccomp_data: nr, arch, instruction pointer, six arguments of 64 bits, little-endian here.
-_NR_AT, _ARCH_AT, _ARGUMENT_AT = 0, 4, 16
+_NR_AT, _ARCH_AT = 0, 4
+_LOW_AT: Final = (16, 24, 32, 40, 48, 56)
+_HIGH_AT: Final = (20, 28, 36, 44, 52, 60)
 
 _LOAD: Final = 0x20  # BPF_LD | BPF_W | BPF_ABS (linux/bpf_common.h)
 _JUMP_EQUAL: Final = 0x15  # BPF_JMP | BPF_JEQ | BPF_K
@@ -136,6 +154,17 @@ def _program(column: int, architecture: int, pid: int) -> bytes:
     def load(at: int) -> bytes:
         return _INSTRUCTION.pack(_LOAD, 0, 0, at)
 
+    def allow_with(numbers: tuple[int, int], *cases: Sequence[tuple[int, int]]) -> list[bytes]:
+        """This call if the words of any of the cases stand where they should. What the kernel takes as an int is its
+        low word alone: what the high one holds is not defined, and not looked at there either."""
+        body = []
+        for words in cases:
+            for after, (at, value) in zip(range(2 * len(words) - 1, 0, -2), words, strict=True):
+                body += [load(at), _INSTRUCTION.pack(_JUMP_EQUAL, 0, after, value)]
+            body.append(returns(_RET_ALLOW))
+        body.append(refuse)
+        return [_INSTRUCTION.pack(_JUMP_EQUAL, 0, len(body), numbers[column]), *body]
+
     refuse = returns(_RET_ERRNO | errno.EPERM)
     found = [
         load(_ARCH_AT),
@@ -152,18 +181,20 @@ def _program(column: int, architecture: int, pid: int) -> bytes:
     # A thread of this process is no other process.
     found += [
         _INSTRUCTION.pack(_JUMP_EQUAL, 0, 4, _CLONE[column]),
-        load(_ARGUMENT_AT),
+        load(_LOW_AT[0]),
         _INSTRUCTION.pack(_JUMP_SET, 0, 1, _CLONE_THREAD),
         returns(_RET_ALLOW),
         refuse,
     ]
     # abort(3) sends itself a signal.
-    found += [
-        _INSTRUCTION.pack(_JUMP_EQUAL, 0, 4, _TGKILL[column]),
-        load(_ARGUMENT_AT),
-        _INSTRUCTION.pack(_JUMP_EQUAL, 0, 1, pid),
-        returns(_RET_ALLOW),
-        refuse,
-    ]
+    found += allow_with(_TGKILL, [(_LOW_AT[0], pid)])
+    found += allow_with(
+        _FCNTL,
+        *([(_LOW_AT[1], command)] for command in _FCNTL_COMMANDS),
+        [(_LOW_AT[1], fcntl.F_SETFL), (_LOW_AT[2], NON_BLOCKING)],
+    )
+    # Offloads can be taken back (`Device.close`), not asked for.
+    found += allow_with(_IOCTL, [(_LOW_AT[1], _TUNSETOFFLOAD), (_LOW_AT[2], 0), (_HIGH_AT[2], 0)])
+    found += allow_with(_NEWFSTATAT, [(_LOW_AT[3], _AT_EMPTY_PATH)])
     found.append(refuse)
     return b"".join(found)

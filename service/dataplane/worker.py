@@ -25,6 +25,7 @@ starves neither the others nor control.
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import select
@@ -40,6 +41,7 @@ from service.dataplane.confinement import confine
 from service.dataplane.device import Device, Ports
 from service.dataplane.layout import CounterWriter
 from service.dataplane.registry import Registry
+from service.dataplane.syscalls import NON_BLOCKING
 from service.dataplane.wire import (
     FDS_MAX,
     MESSAGE_MAX_BYTES,
@@ -238,7 +240,9 @@ class Worker:
         fd = fds[0]
         setup = _read_setup(fds[1])
         try:
-            os.set_blocking(fd, False)
+            if os.get_blocking(fd):  # a TUN comes as `kernel` opened it; a socket may not
+                # Not os.set_blocking, which is an ioctl whose argument no filter sees (`syscalls`).
+                fcntl.fcntl(fd, fcntl.F_SETFL, NON_BLOCKING)
             self._epoll.register(fd, select.EPOLLIN)
         except OSError as failure:
             raise RefusedError(failure.errno or errno.EIO) from failure
