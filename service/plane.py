@@ -35,7 +35,7 @@ class Plane:
             return self._supervisor.tap(device, stage, files)
 
     def untap(self, device: str, tap_id: int) -> Mapping[str, int]:
-        """Take it away again; its last figures. Raises TunledgerError."""
+        """Take it away again; its last figures. Raises TunledgerError: not_found if there is none."""
         with _translated():
             return self._supervisor.untap(device, tap_id)
 
@@ -127,6 +127,8 @@ def _translated() -> Iterator[None]:
     except DataplaneError as error:
         if error.code == "not_attached":
             raise TunledgerError(ErrorCode.NOT_RUNNING, error.message) from error
+        if error.code == "no_tap":
+            raise TunledgerError(ErrorCode.NOT_FOUND, error.message) from error
         raise TunledgerError(ErrorCode.WORKER_FAILED, error.message, retry=error.retry) from error
 
 

@@ -210,11 +210,11 @@ class CapturesController(Controller):
         path = known[number]
         growing = capture.running and path == capture.files[max(capture.files)]
         try:
-            fd = await asyncio.to_thread(os.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            await asyncio.to_thread(path.lstat)
         except FileNotFoundError:
             raise TunledgerError(ErrorCode.NOT_FOUND, f"{path.name} is not there any more") from None
         headers = {"Content-Disposition": f'attachment; filename="{_safe(path)}"'}
-        return Stream(_octets(fd, growing=growing), media_type=PCAPNG, headers=headers)
+        return Stream(_octets(path, growing=growing), media_type=PCAPNG, headers=headers)
 
 
 def settings_of(given: Mapping[str, Any]) -> Settings:
@@ -297,9 +297,14 @@ def _safe(path: Path) -> str:
     return "".join(char if char.isalnum() or char in "._-" else "_" for char in path.name)
 
 
-async def _octets(fd: int, *, growing: bool) -> AsyncIterator[bytes]:
-    """A file up to its present end; of one that grows, whole blocks only."""
+async def _octets(path: Path, *, growing: bool) -> AsyncIterator[bytes]:
+    """A file up to its present end; of one that grows, whole blocks only.
+
+    It is opened in here: one that is never begun, as its client went away, has nothing open. Raises OSError.
+    """
     rest = b""
+    # Not in a thread: cancelled meanwhile, nobody would have the descriptor. It is one open(2) of a file of ours.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         left = os.fstat(fd).st_size
         while left > 0 and (octets := await asyncio.to_thread(os.read, fd, min(CHUNK_BYTES, left))):

@@ -8,6 +8,7 @@ Theory of operation. A capture is one of three:
 - one that was asked for: a tap, in front of the chain for what the host sends and behind it for what it gets;
 - a live one: the same into a pipe, which ends with its reader;
 - a stage of an interface's chain: the data plane asks for its files (`files_for`) each time it sets the stage up.
+  Whether the set-up then comes off is not told: what is at work is looked up (`_look_at_stages`).
 
 Each is told in the log before its first packet (`CaptureStarted` is durable before a descriptor is handed out) and when
 it is over. Those that a crash left open are told as stopped at the next start (`recover`). Files are named
@@ -25,6 +26,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -44,7 +46,18 @@ INTERFACE_MAX: Final = 8
 """Under way at once on one interface; as many taps as a device can have."""
 
 KEPT_MAX: Final = 256
-"""Captures whose files are kept; then somebody has to remove some."""
+"""Captures whose files are kept; then somebody has to remove some. Stages of chains have a bound of their own."""
+
+STOP_S: Final = 5.0
+"""For how long a tap is tried to be taken away that the data plane has no time for."""
+
+STOP_RETRY_S: Final = 0.1
+
+FILES_S: Final = 1.5
+"""In which a stage has its file; less than the 2 s that the data plane gives the whole set-up."""
+
+PENDING_S: Final = 5.0
+"""After which a set-up (2 s at most, and the end of a worker that does not answer) has come off or not."""
 
 LOOK_S: Final = 1.0
 """Between two looks at captures that nothing was heard of."""
@@ -59,13 +72,26 @@ _FILE: Final = re.compile(r"(?P<name>.+)-(?P<id>[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[
 log = structlog.get_logger("tunledger.captures")
 
 
+_OVER: Final = (ErrorCode.NOT_RUNNING, ErrorCode.NOT_FOUND)
+"""The device is not attached, or has no such tap; whatever else is said of a tap, it may be there still."""
+
+
 class Stages(Protocol):
     """A stage of a chain as the data plane tells of it."""
 
     @property
     def processor(self) -> str: ...
     @property
+    def bypassed(self) -> bool: ...
+    @property
     def figures(self) -> Mapping[str, int]: ...
+
+
+class Applied(Protocol):
+    """What a device's worker was told to do."""
+
+    @property
+    def chain(self) -> Sequence[Mapping[str, Any]]: ...
 
 
 class Taps(Protocol):
@@ -83,7 +109,7 @@ class Taps(Protocol):
         ...
 
     def untap(self, device: str, tap_id: int) -> Mapping[str, int]:
-        """Take it away again; its last figures."""
+        """Take it away again; its last figures. not_running and not_found: it is not there (any more)."""
         ...
 
     def feed(self, device: str, place: int, fd: int) -> None:
@@ -95,7 +121,11 @@ class Taps(Protocol):
         ...
 
     def stages(self, device: str) -> Sequence[Stages]:
-        """The chain's stages."""
+        """The chain's stages; none if the device is not attached."""
+        ...
+
+    def applied(self, device: str) -> Applied | None:
+        """Its chain, stage for stage as in `stages`; None if the device is not attached."""
         ...
 
 
@@ -139,7 +169,19 @@ class Asker:
 
 @dataclass(slots=True, kw_only=True)
 class Capture:
-    """One capture. `place` is its tap, or -1 - n of stage n; `reason` is why it is over, None while it is not."""
+    """One capture. `place` is its tap, or -1 - n of stage n; `reason` is why it is over, None while it is not.
+
+    Attributes:
+        given: files handed over that were wanted.
+        stopping: somebody is ending it.
+        ending: held by who ends it.
+        due: why it is to end, if that failed once; each look tries again.
+        lost: its tap went while somebody was ending it.
+        tapped: `place` is its tap's.
+        spec: a stage's JSON.
+        handed_s: when a stage's first file was handed over.
+        at_work: a stage was seen in the chain, and is there still, as far as is known.
+    """
 
     id: str
     interface_id: InterfaceId
@@ -153,8 +195,15 @@ class Capture:
     files: dict[int, Path] = field(default_factory=dict)
     next_file: int = 0
     figures: dict[str, int] = field(default_factory=dict)
-    given: int = 0  # files handed over that were wanted
+    given: int = 0
     stopping: bool = False
+    ending: asyncio.Lock = field(default_factory=asyncio.Lock)
+    due: str | None = None
+    lost: bool = False
+    tapped: bool = False
+    spec: dict[str, Any] = field(default_factory=dict)
+    handed_s: float = 0.0
+    at_work: bool = False
 
     @property
     def running(self) -> bool:
@@ -198,6 +247,7 @@ class Captures:
         self._closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._looking = asyncio.Lock()
+        self._look_due = False  # a poke's look is on its way
         self._tasks: set[asyncio.Task[Any]] = set()
         self._opening = threading.Lock()
 
@@ -274,27 +324,38 @@ class Captures:
         if live.fd >= 0:
             os.close(live.fd)
             live.fd = -1
-        await self.stop(live.capture, reason)
+        try:
+            await self.stop(live.capture, reason)
+        except TunledgerError as error:
+            if live.capture.due is None:  # it is the log that failed
+                raise
+            log.warning("a live capture will be ended later", capture_id=live.capture.id, error=error.message)
 
-    async def stop(self, capture: Capture, reason: str = "asked") -> None:
+    async def stop(self, capture: Capture, reason: str = "asked", *, patience_s: float = STOP_S) -> None:
         """End a capture, and have it told in the log; nothing if it is over. Raises TunledgerError.
 
-        One that is a stage of a chain is ended by changing the chain.
+        After an error of the data plane it goes on; if nobody asked for its end, who could ask again, it is tried
+        again at each look. One that is a stage of a chain is ended by changing the chain.
         """
+        if not capture.running:
+            return
         if capture.kind == "stage" and reason == "asked":
             raise TunledgerError(
                 ErrorCode.INVALID_FIELD,
                 f"{capture.id} is a stage of {capture.name}'s chain; take it out of processing.chain to end it",
             )
-        if not capture.running or capture.stopping:
-            return
-        capture.stopping = True
-        try:
-            figures = await asyncio.to_thread(self._taps.untap, capture.interface_id, capture.place)
-            capture.figures.update(figures)
-        except TunledgerError as error:  # its device was let go of meanwhile
-            log.info("a capture was over already", capture_id=capture.id, error=error.message)
-        await self._end(capture, reason)
+        async with capture.ending:
+            if capture.reason is not None:
+                return
+            capture.stopping = True
+            try:
+                await self._untap(capture, patience_s)
+            except BaseException as error:
+                capture.stopping = False
+                if reason != "asked" or not isinstance(error, TunledgerError):
+                    capture.due = reason
+                raise
+            await self._end(capture, reason)
 
     async def remove(self, capture: Capture) -> None:
         """End a capture, if it is not over, and delete its files. Raises TunledgerError."""
@@ -362,10 +423,14 @@ class Captures:
         for capture in [each for each in self._captures.values() if each.running]:
             try:
                 if capture.kind == "stage":
-                    await self._look_at_stage(capture)
-                    await self._end(capture, "shutdown")
+                    await self._look_at_stages(capture.interface_id)
                 else:
-                    await self.stop(capture, "shutdown")
+                    try:
+                        await self.stop(capture, "shutdown", patience_s=0.0)
+                    except TunledgerError as error:
+                        log.warning("a tap goes with its worker", capture_id=capture.id, error=error.message)
+                if capture.running:
+                    await self._end(capture, "shutdown")
             except TunledgerError as error:
                 log.error("the end of a capture could not be recorded", capture_id=capture.id, error=error.message)
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -378,15 +443,25 @@ class Captures:
         Blocking; not for the event loop.
 
         Raises:
-            TunledgerError: capture_failed, or that the log does not take its start.
+            TunledgerError: capture_failed, also if it takes longer than FILES_S, or that the log does not take its
+                start.
         """
         assert self._loop is not None
-        work = asyncio.run_coroutine_threadsafe(self._files_for(device, name, stage, dict(options)), self._loop)
-        return [work.result(timeout=10.0)]
+        handed: Future[int] = Future()
+        asyncio.run_coroutine_threadsafe(self._files_for(device, name, stage, dict(options), handed), self._loop)
+        try:
+            return [handed.result(timeout=FILES_S)]
+        except TimeoutError:
+            if not handed.cancel():  # it came this very moment
+                return [handed.result()]
+            message = f"{name}: the file of its capture was not there within {FILES_S:g} s"
+            raise TunledgerError(ErrorCode.CAPTURE_FAILED, message, retry=True) from None
 
     def poked(self) -> None:
         """A stage wants to be looked at."""
-        self._soon(self._look)
+        if self._loop is not None and not self._look_due:
+            self._look_due = True
+            self._soon(self._look)
 
     def ended(self, device: str, tap_id: int, figures: Mapping[str, int], reason: str) -> None:
         """A tap is gone, because its device was let go of or its worker died."""
@@ -400,6 +475,7 @@ class Captures:
         if self._closing:
             raise TunledgerError(ErrorCode.SHUTTING_DOWN, "the service is stopping", retry=True)
         running = [each.interface_id for each in self._captures.values() if each.running and each.kind != "stage"]
+        kept = sum(each.kind != "stage" for each in self._captures.values())
         running += self._starting
         if len(running) >= self._captures_max or running.count(interface_id) >= INTERFACE_MAX:
             raise TunledgerError(
@@ -408,7 +484,7 @@ class Captures:
                 f"at most {self._captures_max} and {INTERFACE_MAX}: stop one, or try again",
                 retry=True,
             )
-        if len(self._captures) >= KEPT_MAX:
+        if kept >= KEPT_MAX:
             raise TunledgerError(
                 ErrorCode.TOO_MANY_CAPTURES,
                 f"the files of {KEPT_MAX} captures are kept; delete some of them",
@@ -464,6 +540,7 @@ class Captures:
         try:
             try:
                 capture.place = await asyncio.to_thread(self._taps.tap, capture.interface_id, stage, (fd,))
+                capture.tapped = True
             finally:
                 os.close(fd)
         except BaseException:
@@ -472,98 +549,214 @@ class Captures:
             self._captures.pop(capture.id, None)
             raise
 
-    async def _files_for(self, device: str, name: str, stage: int, options: dict[str, Any]) -> int:
-        interface_id, place = InterfaceId(device), -1 - stage
-        for each in self.all(interface_id):  # the stage's life before this one
-            if each.kind == "stage" and each.running and each.place == place:
-                await self._end(each, "worker_exit")
+    async def _untap(self, capture: Capture, patience_s: float) -> None:
+        """Take a tap away, if it is there still. Raises TunledgerError: it may be."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + patience_s
+        while True:
+            try:
+                found = await asyncio.to_thread(self._taps.untap, capture.interface_id, capture.place)
+            except TunledgerError as error:
+                if error.code in _OVER or capture.lost:  # its device was let go of meanwhile
+                    log.info("a capture was over already", capture_id=capture.id, error=error.message)
+                    return
+                if not error.retry or loop.time() >= deadline:
+                    raise
+            else:
+                capture.figures.update(found)
+                return
+            await asyncio.sleep(STOP_RETRY_S)
+
+    async def _files_for(
+        self, device: str, name: str, stage: int, options: dict[str, Any], handed: "Future[int]"
+    ) -> None:
+        """Begin a stage's capture. `handed` gets its file, or why there is none; once cancelled, nothing is left."""
+        try:
+            capture, fd = await self._begin_stage(InterfaceId(device), InterfaceName(name), stage, options, handed)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the data plane's thread waits for it
+            if handed.set_running_or_notify_cancel():
+                handed.set_exception(error)
+            return
+        try:
+            if handed.set_running_or_notify_cancel():
+                handed.set_result(fd)
+                await self._make_room(capture)
+            else:
+                os.close(fd)
+                await self._end(capture, "interface_gone")
+                await self._forget(capture)
+        except (TunledgerError, OSError) as error:
+            log.warning("what a capture leaves is not removed", capture_id=capture.id, error=str(error))
+
+    async def _begin_stage(
+        self, interface_id: InterfaceId, name: InterfaceName, stage: int, options: dict[str, Any], handed: "Future[int]"
+    ) -> tuple[Capture, int]:
+        place = -1 - stage
+        if interface_id not in self._taps.attached():
+            # It is being attached: whatever was at work before is gone, and what is not known to have been at work may
+            # be another stage of the same set-up.
+            for each in self.all(interface_id):
+                if each.kind == "stage" and (each.at_work or (each.running and each.place == place)):
+                    each.at_work = False
+                    if each.running:
+                        await self._end(each, "worker_exit")
         settings = Settings(
             snaplen=options["snaplen"],
             size_bytes=options["size_bytes"],
             interval_s=options["interval_s"],
             files=options["files"],
         )
-        capture = self._made(interface_id, InterfaceName(name), settings, "stage")
-        capture.place = place
+        capture = self._made(interface_id, name, settings, "stage")
+        capture.place, capture.spec = place, options
+        capture.handed_s = asyncio.get_running_loop().time()
         fd = await asyncio.to_thread(self._open_next, capture)
         try:
+            if handed.cancelled():
+                raise TunledgerError(ErrorCode.CAPTURE_FAILED, f"{name}: nobody waits for its capture any more")
             await self._begin(capture, Asker(SYSTEM, cmd.Request(via="system", call="capture")))
         except BaseException:
             os.close(fd)
             self._unlink(capture)
             raise
-        return fd
+        return capture, fd
+
+    async def _make_room(self, begun: Capture) -> None:
+        """Remove the oldest captures of this interface's stages that are over: together they keep `files` files.
+
+        Each new set-up, as after a worker's death, is a capture of its own, and nobody is there to remove them. Of
+        several stages the one with the most files decides.
+        """
+        stages = [each for each in self.all(begun.interface_id) if each.kind == "stage"]
+        files_max = max(each.settings.files for each in stages)
+        over = [each for each in stages if not each.running and not each.at_work]
+        files = 0
+        for each in sorted(over, key=lambda capture: capture.started_at)[::-1]:
+            files += len(each.files)
+            if files > files_max or not each.files:
+                await self._forget(each)
+
+    async def _forget(self, capture: Capture) -> None:
+        await asyncio.to_thread(self._unlink, capture)
+        self._captures.pop(capture.id, None)
 
     async def _look(self) -> None:
         """Read the figures of all captures under way, hand over files that are wanted, end those that are over."""
         async with self._looking:
+            self._look_due = False
             attached = self._taps.attached()
+            for interface_id in {each.interface_id for each in self._captures.values() if each.kind == "stage"}:
+                try:
+                    await self._look_at_stages(interface_id)
+                except TunledgerError as error:
+                    log.warning("stages could not be looked at", interface_id=interface_id, error=error.message)
             for capture in [each for each in self._captures.values() if each.running and not each.stopping]:
                 try:
-                    if capture.kind == "stage":
-                        await self._look_at_stage(capture)
-                    elif capture.interface_id in attached:
-                        found = await asyncio.to_thread(self._taps.tap_figures, capture.interface_id, capture.place)
-                        capture.figures.update(found)
+                    if capture.kind != "stage" and capture.interface_id in attached:
+                        await self._look_at_tap(capture)
                     await self._act_on(capture)
                 except TunledgerError as error:
                     log.warning("a capture could not be looked at", capture_id=capture.id, error=error.message)
 
-    async def _look_at_stage(self, capture: Capture) -> None:
-        place = -1 - capture.place
+    async def _look_at_tap(self, capture: Capture) -> None:
+        tapped = capture.tapped
         try:
-            stages = await asyncio.to_thread(self._taps.stages, capture.interface_id)
-        except TunledgerError:
-            stages = ()
-        taken = {each.place for each in self.all(capture.interface_id) if each.running}
-        places = [at for at, stage in enumerate(stages) if stage.processor == "capture"]
-        if place not in places:  # the chain was changed around it
-            place = next((at for at in places if -1 - at not in taken), -1)
-        if place >= 0:
-            capture.place = -1 - place
-            capture.figures.update(stages[place].figures)
-        elif not capture.stopping:
-            capture.stopping = True
-            await self._end(capture, "asked" if capture.interface_id in self._taps.attached() else "interface_gone")
+            capture.figures.update(await asyncio.to_thread(self._taps.tap_figures, capture.interface_id, capture.place))
+        except TunledgerError as error:
+            if error.code is not ErrorCode.NOT_FOUND or not tapped:
+                raise
+            if capture.running and not capture.stopping:  # taken away by somebody who did not wait to hear of it
+                await self._end(capture, capture.due or "interface_gone")
+
+    async def _look_at_stages(self, interface_id: InterfaceId) -> None:
+        """Find each stage's capture again in the chain, and end those whose stage is gone.
+
+        A record is tied to a stage by the stage's JSON, which a stage that stays keeps, and by figures that never go
+        back. Of stages with the same JSON those that stay come first, in their order (`work.unchanged`), then new ones
+        at their places. A stage that was not seen yet has PENDING_S to come: its set-up is under way, or was refused.
+
+        Limits: a stage that came and went between two looks is told as over PENDING_S late, without figures. Of stages
+        with the same JSON, of which one was removed while others came, records may be exchanged if figures allow.
+        """
+        records = [each for each in self.all(interface_id) if each.kind == "stage" and (each.running or each.at_work)]
+        if not records:
+            return
+        found = await asyncio.to_thread(self._stages_at_work, interface_id)
+        if found is None:
+            return
+        now_s = asyncio.get_running_loop().time()
+        pairs = _paired([each for each in records if each.running or each.at_work], found)
+        for place, capture in pairs.items():
+            capture.place, capture.at_work = -1 - place, True
+            if capture.running:
+                capture.figures.update(found[place].figures)
+        there = {capture.id for capture in pairs.values()}
+        for capture in [each for each in records if each.id not in there]:
+            known = capture.at_work
+            capture.at_work = False
+            if not capture.running or capture.stopping or (not known and now_s - capture.handed_s < PENDING_S):
+                continue
+            await self._end(capture, "asked" if interface_id in self._taps.attached() else "interface_gone")
+            if not known and await asyncio.to_thread(_all_empty, tuple(capture.files.values())):
+                await self._forget(capture)  # its set-up came to nothing
+
+    def _stages_at_work(self, device: str) -> dict[int, "_AtWork"] | None:
+        """Stages that capture, by place; None while the chain is being changed. Blocking."""
+        before = self._taps.applied(device)
+        stages = self._taps.stages(device)
+        after = self._taps.applied(device)
+        chain, same = [() if each is None else tuple(each.chain) for each in (before, after)]
+        if chain != same or len(chain) != len(stages):
+            return None
+        return {
+            place: _AtWork(spec, stage.figures)
+            for place, (spec, stage) in enumerate(zip(chain, stages, strict=True))
+            if stage.processor == "capture" and not stage.bypassed
+        }
 
     async def _act_on(self, capture: Capture) -> None:
         if not capture.running or capture.stopping:
             return
         figures = capture.figures
-        if figures.get("finished"):
-            await self.stop(capture, "finished")
+        if capture.due is not None:
+            await self.stop(capture, capture.due, patience_s=0.0)
+        elif figures.get("finished"):
+            await self.stop(capture, "finished", patience_s=0.0)
         elif figures.get("stopped"):
             full = figures["stopped"] in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             if capture.kind != "stage":
                 reason = "disk_full" if full else "client_gone" if capture.kind == "live" else "write_failed"
-                await self.stop(capture, reason)
+                await self.stop(capture, reason, patience_s=0.0)
             else:
                 await self._end(capture, "disk_full" if full else "write_failed")
             if full and capture.files:
                 await asyncio.to_thread(self._trim, capture.files[max(capture.files)])
         elif figures.get("files_wanted", 0) > capture.given:
-            capture.given += 1
             await asyncio.to_thread(self._give_next, capture)
 
     def _give_next(self, capture: Capture) -> None:
-        try:
-            fd = self._open_next(capture)
-        except TunledgerError as error:
-            capture.given -= 1
-            log.error("a capture goes on in its old file", capture_id=capture.id, error=error.message)
-            return
+        """Hand the next file over. Blocking. Raises TunledgerError: the old one goes on, to be tried again."""
+        number = capture.next_file
+        fd = self._open_next(capture)
         try:
             self._taps.feed(capture.interface_id, capture.place, fd)
+        except BaseException:
+            capture.files.pop(number).unlink(missing_ok=True)
+            capture.next_file = number
+            raise
         finally:
             os.close(fd)
+        capture.given += 1
         while len(capture.files) > capture.settings.files:
             capture.files.pop(min(capture.files)).unlink(missing_ok=True)
 
     async def _tap_ended(self, device: str, tap_id: int, figures: dict[str, int], reason: str) -> None:
         for capture in self.all(InterfaceId(device)):
-            if capture.kind != "stage" and capture.place == tap_id and capture.running and not capture.stopping:
+            if capture.kind == "stage" or capture.place != tap_id or not capture.running:
+                continue
+            capture.figures.update(figures)
+            capture.lost = True
+            if not capture.stopping:
                 capture.stopping = True
-                capture.figures.update(figures)
                 await self._end(capture, reason if reason == "worker_exit" else "interface_gone")
 
     def _time_over(self, capture: Capture) -> None:
@@ -631,6 +824,45 @@ class Captures:
             if not isinstance(error, FileNotFoundError):
                 log.warning("the captures of earlier runs cannot be listed", error=str(error))
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class _AtWork:
+    """A stage that captures, as the data plane has it."""
+
+    spec: Mapping[str, Any]
+    figures: Mapping[str, int]
+
+    def may_be(self, capture: Capture) -> bool:
+        """Whether nothing speaks against it: see `Captures._look_at_stages`."""
+        grown = (self.figures.get(name, 0) >= value for name, value in capture.figures.items())
+        return capture.spec == self.spec and all(grown)
+
+
+def _paired(captures: Sequence[Capture], found: Mapping[int, _AtWork]) -> dict[int, Capture]:
+    """Which capture each stage is, by place: see `Captures._look_at_stages`."""
+    pairs: dict[int, Capture] = {}
+
+    def pair(capture: Capture, places: Sequence[int]) -> bool:
+        place = next((at for at in places if at not in pairs and at in found and found[at].may_be(capture)), None)
+        if place is not None:
+            pairs[place] = capture
+        return place is not None
+
+    for capture in sorted((each for each in captures if each.at_work), key=lambda each: -1 - each.place):
+        pair(capture, sorted(found))
+    new = [each for each in captures if not each.at_work][::-1]  # of two set-ups of a place, the later one
+    elsewhere = [each for each in new if not pair(each, (-1 - each.place,))]
+    for capture in elsewhere:  # moved before it was seen
+        pair(capture, sorted(found))
+    return pairs
+
+
+def _all_empty(paths: Sequence[Path]) -> bool:
+    try:
+        return not any(path.stat().st_size for path in paths)
+    except OSError:
+        return False
 
 
 def _history(

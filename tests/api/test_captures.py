@@ -1,13 +1,16 @@
 """Packets over HTTP: what is refused and how it looks; the octets themselves are tests/e2e/test_dataplane.py's."""
 
+import asyncio
 import json
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from service.api.captures import _octets
 from service.api.traffic import End, Flow, Inspected, Kept
 from service.domain import events as ev
 from service.packet import pcapng
@@ -144,6 +147,30 @@ def test_a_file_that_is_being_written_comes_in_whole_blocks(running: Running) ->
     assert answer.content == head + block
     assert answer.headers["content-type"] == "application/x-pcapng"
     assert answer.headers["content-disposition"] == f'attachment; filename="tun0-{capture["id"]}-0.pcapng"'
+
+
+def test_a_file_that_nobody_reads_in_the_end_is_not_open(tmp_path: Path) -> None:
+    path = tmp_path / "tun0.pcapng"
+    path.write_bytes(b"x")
+
+    def opened() -> list[str]:
+        return [os.path.realpath(fd) for fd in Path("/proc/self/fd").iterdir()]
+
+    async def gone() -> None:
+        octets = _octets(path, growing=False)  # and its client goes away before the first turn
+        assert str(path) not in opened()
+        async for _ in octets:
+            assert str(path) in opened()
+        assert str(path) not in opened()
+
+    asyncio.run(gone())
+
+
+def test_a_file_that_somebody_deleted_is_not_found(running: Running) -> None:
+    capture = running.call("POST", f"{BASE}/captures").json()
+    for path in (running.path.parent / "captures").iterdir():
+        path.unlink()
+    assert refused(running, "GET", f"/captures/{capture['id']}/files/0") == (404, "not_found")
 
 
 def test_a_tail_says_what_it_left_out_and_its_readers_end_ends_it(running: Running) -> None:

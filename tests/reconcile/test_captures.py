@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import functools
 import os
@@ -18,6 +19,7 @@ from service.domain import commands as cmd
 from service.domain import events as ev
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.values import InterfaceId, InterfaceName
+from service.reconcile import captures
 from service.reconcile.captures import Asker, Capture, Captures, Settings
 from service.store.reader import LogReader, Selection
 
@@ -30,6 +32,13 @@ STAGE = {"snaplen": 128, "size_bytes": 4096, "interval_s": None, "files": 2}
 class Stage:
     processor: str
     figures: Mapping[str, int] = field(default_factory=dict)
+    spec: Mapping[str, Any] = field(default_factory=lambda: STAGE)
+    bypassed: bool = False
+
+
+@dataclass
+class Work:
+    chain: Sequence[Mapping[str, Any]]
 
 
 class Plane:
@@ -43,6 +52,7 @@ class Plane:
         self.figures: dict[int, Counter[str]] = {}
         self.chain: list[Stage] = []
         self.refusal: TunledgerError | None = None
+        self.trouble: list[TunledgerError] = []  # of the next calls of untap and feed
 
     def attached(self) -> Collection[str]:
         return self.held
@@ -60,12 +70,16 @@ class Plane:
         return tap_id
 
     def untap(self, _: str, tap_id: int) -> Mapping[str, int]:
+        if self.trouble:
+            raise self.trouble.pop(0)
         self.taps.pop(tap_id)
         for fd in self.files[tap_id]:
             os.close(fd)
         return self.figures[tap_id]
 
     def feed(self, _: str, place: int, fd: int) -> None:
+        if self.trouble:
+            raise self.trouble.pop(0)
         self.files.setdefault(place, []).append(os.dup(fd))
 
     def tap_figures(self, _: str, tap_id: int) -> Mapping[str, int]:
@@ -73,6 +87,9 @@ class Plane:
 
     def stages(self, _: str) -> Sequence[Stage]:
         return self.chain
+
+    def applied(self, device: str) -> Work | None:
+        return Work([stage.spec for stage in self.chain]) if device in self.held else None
 
 
 class World:
@@ -99,6 +116,15 @@ class World:
 
     async def start(self, **settings: Any) -> Capture:
         return await self.captures.start(TUN0, NAME, Settings(**{"snaplen": 128, **settings}), ASKER)
+
+    async def set_up(self, stage: int = 0, **options: Any) -> Capture:
+        """The data plane asks for a stage's file."""
+        before = {each.id for each in self.captures.all(TUN0)}
+        for fd in await asyncio.to_thread(self.captures.files_for, TUN0, "tun0", stage, {**STAGE, **options}):
+            os.write(fd, b"head")
+            os.close(fd)
+        (made,) = [each for each in self.captures.all(TUN0) if each.id not in before]
+        return made
 
     def told(self) -> list[str]:
         return [kind for kind, _ in self.log]
@@ -289,6 +315,147 @@ async def test_a_stage_of_a_chain_gets_its_files_and_is_in_the_log(tmp_path: Pat
         assert w.stops() == [("asked", 4, 0)]
         for fd in (*files, *w.plane.files[-2]):
             os.close(fd)
+
+
+def opened() -> list[str]:
+    return [os.path.realpath(fd) for fd in Path("/proc/self/fd").iterdir()]
+
+
+BUSY = TunledgerError(ErrorCode.WORKER_FAILED, "tun0: being attached or detached", retry=True)
+REFUSED = TunledgerError(ErrorCode.WORKER_FAILED, "tun0: worker_timeout")
+
+
+@on_a_loop
+async def test_a_tap_that_cannot_be_taken_away_now_is_tried_again(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        capture = await w.start()
+        w.plane.trouble = [BUSY, BUSY]
+        await w.captures.stop(capture)
+        assert (w.plane.taps, w.stops()) == ({}, [("asked", 0, 0)])
+
+
+@on_a_loop
+async def test_a_capture_whose_tap_stays_goes_on_with_its_files(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        capture = await w.start()
+        w.plane.trouble = [REFUSED]
+        with pytest.raises(TunledgerError, match="worker_timeout"):
+            await w.captures.remove(capture)
+        assert (capture.running, w.stops(), len(list(w.folder.iterdir()))) == (True, [], 1)
+        w.plane.trouble = [REFUSED]
+        with pytest.raises(TunledgerError, match="worker_timeout"):
+            await w.captures.stop(capture, "finished")
+        await w.captures.look_at([capture])  # nobody asked for its end, so nobody asks again
+        assert (w.plane.taps, w.stops()) == ({}, [("finished", 0, 0)])
+
+
+@pytest.mark.parametrize("code", [ErrorCode.NOT_RUNNING, ErrorCode.NOT_FOUND])
+@on_a_loop
+async def test_a_tap_that_is_gone_is_over(code: ErrorCode, tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        capture = await w.start()
+        w.plane.trouble = [TunledgerError(code, "has no tap 0")]
+        await w.captures.stop(capture)
+        assert w.stops() == [("asked", 0, 0)]
+
+
+@on_a_loop
+async def test_a_file_that_is_not_taken_is_given_again_at_the_next_look(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        capture = await w.start(size_bytes=4096, files=2)
+        w.plane.figures[0]["files_wanted"] = 1
+        w.plane.trouble = [BUSY]
+        await w.captures.look_at([capture])
+        assert (list(capture.files), len(list(w.folder.iterdir())), len(w.plane.files[0])) == ([0], 1, 1)
+        await w.captures.look_at([capture])
+        assert (list(capture.files), len(list(w.folder.iterdir())), len(w.plane.files[0])) == ([0, 1], 2, 2)
+
+
+@on_a_loop
+async def test_a_stage_before_which_another_comes_keeps_its_record(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        a = await w.set_up()
+        w.plane.chain = [Stage("capture", {"packets": 5})]
+        await w.captures.look_at([a])
+        b = await w.set_up(snaplen=64)
+        await w.captures.look_at([a])  # meanwhile the old chain is at work
+        w.plane.chain = [Stage("capture", {"packets": 7}, {**STAGE, "snaplen": 64}), Stage("capture", {"packets": 9})]
+        await w.captures.look_at([a])
+        assert [(each.place, each.figures["packets"]) for each in (a, b)] == [(-2, 9), (-1, 7)]
+        assert w.stops() == []
+
+
+@on_a_loop
+async def test_a_chain_that_is_refused_leaves_the_old_records_and_none_of_its_own(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        a = await w.set_up()
+        w.plane.chain = [Stage("capture", {"packets": 5})]
+        await w.captures.look_at([a])
+        b = await w.set_up(snaplen=64)
+        (path,) = b.files.values()
+        path.write_bytes(b"")  # no worker began it
+        w.plane.chain = [Stage("capture", {"packets": 77})]
+        await w.captures.look_at([a])
+        assert (a.figures["packets"], b.running) == (77, True)
+        b.handed_s -= 60
+        await w.captures.look_at([a])
+        assert (w.captures.all(TUN0), a.running, w.stops()) == ([a], True, [("asked", 0, 0)])
+        assert not path.exists()
+
+
+@on_a_loop
+async def test_stages_keep_no_more_files_than_they_are_to_and_take_nobodys_room(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        w.plane.held.clear()  # each time its worker died
+        last = await w.set_up(files=2)
+        for _ in range(299):
+            last = await w.set_up(files=2)
+        await until(lambda: [each.running for each in w.captures.all(TUN0)] == [False, False, True])
+        assert len(list(w.folder.iterdir())) == 3
+        w.plane.held.add(TUN0)
+        for n in range(256):
+            w.captures._captures[str(n)] = dataclasses.replace(last, id=str(n), reason="asked")
+        await w.start()
+
+
+@on_a_loop
+async def test_many_pokes_are_one_look(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        capture = await w.start()
+        async with w.captures._looking:
+            for _ in range(1000):
+                w.captures.poked()
+            await asyncio.sleep(0.01)
+            assert len(w.captures._tasks) == 1
+        await until(lambda: not w.captures._tasks)
+        w.plane.figures[0].update(finished=1)
+        w.captures.poked()
+        await until(lambda: not capture.running)
+
+
+@on_a_loop
+async def test_a_file_that_comes_too_late_is_closed_and_its_capture_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert captures.FILES_S < 2
+    monkeypatch.setattr(captures, "FILES_S", 0.05)
+    async with world(tmp_path) as w:
+        record, may = w.captures._record, asyncio.Event()
+
+        async def slow(*args: Any, **more: Any) -> None:
+            await may.wait()
+            await record(*args, **more)
+
+        w.captures._record = slow
+        with pytest.raises(TunledgerError, match="was not there within") as late:
+            await asyncio.to_thread(w.captures.files_for, TUN0, "tun0", 0, STAGE)
+        assert (late.value.code, late.value.retry) == (ErrorCode.CAPTURE_FAILED, True)
+        (path,) = w.folder.iterdir()
+        may.set()
+        await until(lambda: not path.exists())
+        await until(lambda: w.captures.all(TUN0) == [])
+        assert w.told() == ["CaptureStarted", "CaptureStopped"]
+        assert not [each for each in opened() if each.startswith(str(path))]  # "... (deleted)"
 
 
 @on_a_loop
