@@ -56,7 +56,7 @@ def told(service: Service) -> list[Any]:
 @needs_tcpdump
 def test_tcpdump_reads_the_live_stream_and_its_end_ends_the_capture(running: Service) -> None:
     with subprocess.Popen(
-        ["sh", "-c", f"curl -sN {url(running, BASE)}/capture/stream | tcpdump -r - -n -c 2 -l"],
+        ["sh", "-c", f"curl -sN {url(running, BASE)}/capture/stream | tcpdump -r - -n -c 2 -l icmp"],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
