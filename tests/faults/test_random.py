@@ -144,8 +144,8 @@ class Run:
                     self.world.traffic(link.name, packets=20)
                     self.world.note_counters()
                     self.journal.append(f"traffic on {link.name}")
-                except (OSError, KeyError, http.client.HTTPException):
-                    return  # down, or gone by now, or its name is mended; or the service is gone
+                except (OSError, http.client.HTTPException):
+                    return  # down, or gone by now; or the service is
 
     def squat(self) -> None:
         """Somebody takes a name that is free on the host, though one of ours may be declared under it."""

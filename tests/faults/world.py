@@ -21,6 +21,7 @@ too. Several worlds at once need a thread each. Nothing in here injects faults; 
 """
 
 import contextlib
+import errno
 import hashlib
 import http.client
 import ipaddress
@@ -546,7 +547,9 @@ class World:
         Raises:
             OSError: it is down, or gone.
         """
-        link = self.host.links()[name]
+        link = self.host.links().get(name)
+        if link is None:
+            raise OSError(errno.ENODEV, f"{name}: gone, or its name was mended")
         inside = next(ipaddress.ip_interface(a) for a in sorted(link.addresses) if ":" not in a)
         to = str(next(ip for ip in inside.network.hosts() if ip != inside.ip))
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
