@@ -6,7 +6,7 @@ from http import HTTPStatus
 from typing import Any
 
 from litestar import Litestar, Request, Response, get
-from litestar.di import Provide
+from litestar.di import NamedDependency, Provide
 from litestar.enums import HttpMethod
 from litestar.exceptions import HTTPException
 from litestar.routes import HTTPRoute
@@ -31,7 +31,9 @@ from service.store.snapshots import Progress
 
 
 @get("/health")
-async def health(orders: Orders, audit: Callable[[], Progress] | None) -> Response[bytes]:
+async def health(
+    orders: NamedDependency[Orders], audit: NamedDependency[Callable[[], Progress] | None]
+) -> Response[bytes]:
     """Whether commands can be taken now; 503 with the reasons if not."""
     # Workers are asked whether they answer, which can take half a second if one does not.
     reasons = await asyncio.to_thread(orders.engine.health)

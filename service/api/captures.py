@@ -15,6 +15,8 @@ from typing import Any, Final
 import msgspec
 import structlog
 from litestar import Controller, Request, Response, delete, get, post
+from litestar.di import NamedDependency
+from litestar.params import FromPath, RawBody
 from litestar.response import Stream
 from litestar.response.base import ASGIResponse
 from litestar.types import Receive, Scope, Send
@@ -64,7 +66,11 @@ class CapturesController(Controller):
 
     @get("/processing")
     async def processing(
-        self, request: Request[Any, Any, Any], orders: Orders, traffic_of: Traffic, name: str
+        self,
+        request: Request[Any, Any, Any],
+        orders: NamedDependency[Orders],
+        traffic_of: NamedDependency[Traffic],
+        name: FromPath[str],
     ) -> Response[bytes]:
         """How the interface's chain is doing, stage by stage."""
         parameters(request)
@@ -76,7 +82,11 @@ class CapturesController(Controller):
 
     @get("/flows")
     async def flows(
-        self, request: Request[Any, Any, Any], orders: Orders, traffic_of: Traffic, name: str
+        self,
+        request: Request[Any, Any, Any],
+        orders: NamedDependency[Orders],
+        traffic_of: NamedDependency[Traffic],
+        name: FromPath[str],
     ) -> Response[bytes]:
         """The flows with the most bytes, and totals by protocol."""
         given = parameters(request, "top")
@@ -86,7 +96,11 @@ class CapturesController(Controller):
 
     @get("/packets")
     async def packets(
-        self, request: Request[Any, Any, Any], orders: Orders, traffic_of: Traffic, name: str
+        self,
+        request: Request[Any, Any, Any],
+        orders: NamedDependency[Orders],
+        traffic_of: NamedDependency[Traffic],
+        name: FromPath[str],
     ) -> Response[bytes]:
         """The latest packets, decoded, the newest last."""
         given = parameters(request, "limit")
@@ -106,7 +120,11 @@ class CapturesController(Controller):
 
     @get("/tail")
     async def tail(
-        self, request: Request[Any, Any, Any], orders: Orders, captures: Captures, name: str
+        self,
+        request: Request[Any, Any, Any],
+        orders: NamedDependency[Orders],
+        captures: NamedDependency[Captures],
+        name: FromPath[str],
     ) -> "Response[bytes]":
         """Packets in words as they come, as server-sent events."""
         given = parameters(request, "limit", "rate_pps")
@@ -121,7 +139,11 @@ class CapturesController(Controller):
 
     @get("/capture/stream")
     async def stream(
-        self, request: Request[Any, Any, Any], orders: Orders, captures: Captures, name: str
+        self,
+        request: Request[Any, Any, Any],
+        orders: NamedDependency[Orders],
+        captures: NamedDependency[Captures],
+        name: FromPath[str],
     ) -> "Response[bytes]":
         """Packets as a pcapng stream, until one side ends it."""
         given = parameters(request, "snaplen")
@@ -133,7 +155,11 @@ class CapturesController(Controller):
 
     @get("/captures")
     async def list_captures(
-        self, request: Request[Any, Any, Any], orders: Orders, captures: Captures, name: str
+        self,
+        request: Request[Any, Any, Any],
+        orders: NamedDependency[Orders],
+        captures: NamedDependency[Captures],
+        name: FromPath[str],
     ) -> Response[bytes]:
         """The captures of the interface, the latest last."""
         parameters(request)
@@ -143,7 +169,12 @@ class CapturesController(Controller):
 
     @post("/captures")
     async def start_capture(
-        self, request: Request[Any, Any, Any], orders: Orders, captures: Captures, name: str, body: bytes
+        self,
+        request: Request[Any, Any, Any],
+        orders: NamedDependency[Orders],
+        captures: NamedDependency[Captures],
+        name: FromPath[str],
+        body: RawBody,
     ) -> Response[bytes]:
         """Begin to write the interface's packets into files."""
         parameters(request)
@@ -155,7 +186,12 @@ class CapturesController(Controller):
 
     @get("/captures/{capture_id:str}")
     async def read_capture(
-        self, request: Request[Any, Any, Any], orders: Orders, captures: Captures, name: str, capture_id: str
+        self,
+        request: Request[Any, Any, Any],
+        orders: NamedDependency[Orders],
+        captures: NamedDependency[Captures],
+        name: FromPath[str],
+        capture_id: FromPath[str],
     ) -> Response[bytes]:
         """One capture."""
         parameters(request)
@@ -167,11 +203,11 @@ class CapturesController(Controller):
     async def stop_capture(
         self,
         request: Request[Any, Any, Any],
-        orders: Orders,
-        captures: Captures,
-        name: str,
-        capture_id: str,
-        body: bytes,
+        orders: NamedDependency[Orders],
+        captures: NamedDependency[Captures],
+        name: FromPath[str],
+        capture_id: FromPath[str],
+        body: RawBody,
     ) -> Response[bytes]:
         """End a capture; its files stay."""
         parameters(request)
@@ -182,7 +218,12 @@ class CapturesController(Controller):
 
     @delete("/captures/{capture_id:str}", status_code=200)
     async def delete_capture(
-        self, request: Request[Any, Any, Any], orders: Orders, captures: Captures, name: str, capture_id: str
+        self,
+        request: Request[Any, Any, Any],
+        orders: NamedDependency[Orders],
+        captures: NamedDependency[Captures],
+        name: FromPath[str],
+        capture_id: FromPath[str],
     ) -> Response[bytes]:
         """End a capture, and delete its files."""
         parameters(request)
@@ -194,11 +235,11 @@ class CapturesController(Controller):
     async def capture_file(
         self,
         request: Request[Any, Any, Any],
-        orders: Orders,
-        captures: Captures,
-        name: str,
-        capture_id: str,
-        number: str,
+        orders: NamedDependency[Orders],
+        captures: NamedDependency[Captures],
+        name: FromPath[str],
+        capture_id: FromPath[str],
+        number: FromPath[str],
     ) -> Stream:
         """One file of a capture, as far as it is written."""
         parameters(request)

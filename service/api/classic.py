@@ -7,6 +7,8 @@ import ipaddress
 from typing import Any
 
 from litestar import Controller, Request, Response, delete, get, post
+from litestar.di import NamedDependency
+from litestar.params import RawBody
 
 from service.api import bodies
 from service.api.orders import Orders
@@ -27,7 +29,9 @@ class InterfaceController(Controller):
     path = "/api/interface"
 
     @post("/create", status_code=200)
-    async def create(self, request: Request[Any, Any, Any], orders: Orders, body: bytes) -> Response[bytes]:
+    async def create(
+        self, request: Request[Any, Any, Any], orders: NamedDependency[Orders], body: RawBody
+    ) -> Response[bytes]:
         """Make an interface; fields that are not given come from the configuration."""
         order = orders.begin(request, "DeclareInterface", "classic", "create", body)
         async with order.recorded() as named:
@@ -37,7 +41,7 @@ class InterfaceController(Controller):
         return await order.carry_out(command)
 
     @get("/status")
-    async def status(self, orders: Orders) -> Response[bytes]:
+    async def status(self, orders: NamedDependency[Orders]) -> Response[bytes]:
         """The interface as it is, flat; or that there is none."""
         interface = orders.engine.state.classic()
         if interface is None or interface.wanted is None:
@@ -47,7 +51,9 @@ class InterfaceController(Controller):
         return answer(_status(interface, link, attached=attached, trouble=trouble.message if trouble else None))
 
     @post("/start", status_code=200)
-    async def start(self, request: Request[Any, Any, Any], orders: Orders, body: bytes) -> Response[bytes]:
+    async def start(
+        self, request: Request[Any, Any, Any], orders: NamedDependency[Orders], body: RawBody
+    ) -> Response[bytes]:
         """Start packet processing."""
         order = orders.begin(request, "EnableProcessing", "classic", "start", body)
         async with order.recorded() as named:
@@ -56,7 +62,9 @@ class InterfaceController(Controller):
         return await order.carry_out(cmd.EnableProcessing(name))
 
     @post("/stop", status_code=200)
-    async def stop(self, request: Request[Any, Any, Any], orders: Orders, body: bytes) -> Response[bytes]:
+    async def stop(
+        self, request: Request[Any, Any, Any], orders: NamedDependency[Orders], body: RawBody
+    ) -> Response[bytes]:
         """Stop packet processing; answered when the worker has let go of the device."""
         order = orders.begin(request, "DisableProcessing", "classic", "stop", body)
         async with order.recorded() as named:
@@ -65,7 +73,9 @@ class InterfaceController(Controller):
         return await order.carry_out(cmd.DisableProcessing(name))
 
     @post("/configure", status_code=200)
-    async def configure(self, request: Request[Any, Any, Any], orders: Orders, body: bytes) -> Response[bytes]:
+    async def configure(
+        self, request: Request[Any, Any, Any], orders: NamedDependency[Orders], body: RawBody
+    ) -> Response[bytes]:
         """Change address, netmask or MTU in place."""
         order = orders.begin(request, "ConfigureInterface", "classic", "configure", body)
         async with order.recorded() as named:
@@ -74,7 +84,7 @@ class InterfaceController(Controller):
         return await order.carry_out(command)
 
     @delete("/delete", status_code=200)
-    async def delete(self, request: Request[Any, Any, Any], orders: Orders) -> Response[bytes]:
+    async def delete(self, request: Request[Any, Any, Any], orders: NamedDependency[Orders]) -> Response[bytes]:
         """Stop processing and remove the interface."""
         order = orders.begin(request, "RetireInterface", "classic", "delete")
         async with order.recorded() as named:

@@ -12,6 +12,8 @@ from datetime import datetime
 from typing import Any
 
 from litestar import Controller, Request, Response, get
+from litestar.di import NamedDependency
+from litestar.params import FromPath
 
 from service.api.orders import Orders
 from service.api.problems import answer
@@ -48,7 +50,7 @@ class CountersController(Controller):
 
     @get("/counters")
     async def read_all_counters(
-        self, request: Request[Any, Any, Any], orders: Orders, counters: CounterReader
+        self, request: Request[Any, Any, Any], orders: NamedDependency[Orders], counters: NamedDependency[CounterReader]
     ) -> Response[bytes]:
         """Lifetime totals of all interfaces, from a sample that is stored before it is shown."""
         _given(request, ())
@@ -62,7 +64,11 @@ class CountersController(Controller):
 
     @get("/interfaces/{name:str}/counters")
     async def read_counters(
-        self, request: Request[Any, Any, Any], orders: Orders, counters: CounterReader, name: str
+        self,
+        request: Request[Any, Any, Any],
+        orders: NamedDependency[Orders],
+        counters: NamedDependency[CounterReader],
+        name: FromPath[str],
     ) -> Response[bytes]:
         """Lifetime totals and present rates of one interface, and points over time if a time or a step is given."""
         engine = orders.engine

@@ -22,6 +22,7 @@ from typing import Any, Final
 import msgspec
 import structlog
 from litestar import Controller, Request, Response, get
+from litestar.di import NamedDependency
 from litestar.response import Stream
 from litestar.response.base import ASGIResponse
 from litestar.types import Receive, Scope, Send
@@ -128,7 +129,7 @@ class EventsController(Controller):
     path = "/api/v1"
 
     @get("/events")
-    async def events(self, request: Request[Any, Any, Any], event_log: EventLog) -> Response[Any]:
+    async def events(self, request: Request[Any, Any, Any], event_log: NamedDependency[EventLog]) -> Response[Any]:
         """Events by filter, in order of position or newest first: a page of them, or all as lines of JSON."""
         given = parameters(request, *FILTERS, "order", "limit", "cursor", "format")
         wanted = selection(given)
@@ -146,7 +147,7 @@ class EventsController(Controller):
         return answer({"events": found, "next": following}, headers={"ETag": f'"{head}"'})
 
     @get("/events/stream")
-    async def stream(self, request: Request[Any, Any, Any], event_log: EventLog) -> "Live":
+    async def stream(self, request: Request[Any, Any, Any], event_log: NamedDependency[EventLog]) -> "Live":
         """Events as they are recorded, as server-sent events; from a position on, or from now."""
         given = parameters(request, *FILTERS)
         wanted = selection(given)
@@ -163,7 +164,9 @@ class EventsController(Controller):
         return Live(event_log, replace(wanted, after=0), after)
 
     @get("/state")
-    async def state(self, request: Request[Any, Any, Any], orders: Orders, event_log: EventLog) -> Response[bytes]:
+    async def state(
+        self, request: Request[Any, Any, Any], orders: NamedDependency[Orders], event_log: NamedDependency[EventLog]
+    ) -> Response[bytes]:
         """All interfaces as they were desired at a position or time, and how they were as far as the log tells.
 
         Without either: as the service has them at this moment.
@@ -184,7 +187,7 @@ class EventsController(Controller):
         return answer(found, headers=etag)
 
     @get("/diff")
-    async def diff(self, request: Request[Any, Any, Any], event_log: EventLog) -> Response[bytes]:
+    async def diff(self, request: Request[Any, Any, Any], event_log: NamedDependency[EventLog]) -> Response[bytes]:
         """What was desired otherwise at another position or time, interface by interface."""
         given = parameters(request, "from", "to")
         reader = event_log.reader
@@ -207,7 +210,7 @@ class EventsController(Controller):
         return answer(found, headers={"ETag": f'"{found["from"]["position"]}-{found["to"]["position"]}"'})
 
     @get("/log/head")
-    async def head(self, orders: Orders) -> Response[bytes]:
+    async def head(self, orders: NamedDependency[Orders]) -> Response[bytes]:
         """Position and hash of the last event: what to keep elsewhere, to check a later log against."""
         engine = orders.engine
         now = engine.state
@@ -217,7 +220,7 @@ class EventsController(Controller):
         )
 
     @get("/log/verify")
-    async def verify(self, request: Request[Any, Any, Any], event_log: EventLog) -> Response[bytes]:
+    async def verify(self, request: Request[Any, Any, Any], event_log: NamedDependency[EventLog]) -> Response[bytes]:
         """Read the whole log, check its chain, and that a head known from before is still in it."""
         given = parameters(request, "head")
         known: tuple[int, str] | None = None

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import msgspec
 from litestar import Controller, Request, Response, delete, get, patch, post, put
-from litestar.params import Parameter, QueryParameter
+from litestar.di import NamedDependency
+from litestar.params import FromPath, FromQuery, QueryParameter, RawBody
 
 from service.api import bodies
 from service.api.events import parameters
@@ -30,7 +31,9 @@ HISTORY_MAX = 1000
 POSITION_MAX = 2**63 - 1  # SQLite holds no larger integer
 STATES = ("pending", "applied", "degraded")
 
-Limit = Annotated[int, Parameter(ge=1, le=PAGE_MAX)]
+Limit = Annotated[int, QueryParameter(ge=1, le=PAGE_MAX)]
+Before = Annotated[int, QueryParameter(ge=1, le=POSITION_MAX)]
+Entries = Annotated[int, QueryParameter(ge=1, le=HISTORY_MAX)]
 
 
 class InterfacesController(Controller):
@@ -42,12 +45,12 @@ class InterfacesController(Controller):
     async def list_interfaces(
         self,
         request: Request[Any, Any, Any],
-        orders: Orders,
-        name: str | None = None,
-        mode: str | None = None,
+        orders: NamedDependency[Orders],
+        name: FromQuery[str | None] = None,
+        mode: FromQuery[str | None] = None,
         in_state: Annotated[str | None, QueryParameter(name="state")] = None,
-        label: list[str] | None = None,
-        cursor: str | None = None,
+        label: FromQuery[list[str] | None] = None,
+        cursor: FromQuery[str | None] = None,
         limit: Limit = PAGE_DEFAULT,
     ) -> Response[bytes]:
         """Interfaces in order of their names, a page at a time."""
@@ -72,7 +75,9 @@ class InterfacesController(Controller):
         return answer(found_page, headers={"ETag": f'"{tag}"'})
 
     @post("")
-    async def create_interface(self, request: Request[Any, Any, Any], orders: Orders, body: bytes) -> Response[bytes]:
+    async def create_interface(
+        self, request: Request[Any, Any, Any], orders: NamedDependency[Orders], body: RawBody
+    ) -> Response[bytes]:
         """Make an interface that does not exist yet."""
         order = orders.begin(request, "DeclareInterface", "v1", "create", body)
         async with order.recorded() as named:
@@ -82,7 +87,9 @@ class InterfacesController(Controller):
         return await order.carry_out(command)
 
     @get("/{name:str}")
-    async def read_interface(self, request: Request[Any, Any, Any], orders: Orders, name: str) -> Response[bytes]:
+    async def read_interface(
+        self, request: Request[Any, Any, Any], orders: NamedDependency[Orders], name: FromPath[str]
+    ) -> Response[bytes]:
         """One interface: what is desired of it and what is known of it."""
         parameters(request)
         interface = _existing(orders, name)
@@ -91,7 +98,7 @@ class InterfacesController(Controller):
 
     @put("/{name:str}")
     async def replace_interface(
-        self, request: Request[Any, Any, Any], orders: Orders, name: str, body: bytes
+        self, request: Request[Any, Any, Any], orders: NamedDependency[Orders], name: FromPath[str], body: RawBody
     ) -> Response[bytes]:
         """Declare the interface just so, whether or not it exists."""
         order = orders.begin(request, "ReplaceInterface", "v1", "replace", body)
@@ -103,7 +110,7 @@ class InterfacesController(Controller):
 
     @patch("/{name:str}")
     async def change_interface(
-        self, request: Request[Any, Any, Any], orders: Orders, name: str, body: bytes
+        self, request: Request[Any, Any, Any], orders: NamedDependency[Orders], name: FromPath[str], body: RawBody
     ) -> Response[bytes]:
         """Change some fields: a JSON merge patch (RFC 7396) on the spec."""
         order = orders.begin(request, "PatchInterface", "v1", "change", body)
@@ -116,7 +123,9 @@ class InterfacesController(Controller):
         return await order.carry_out(command)
 
     @delete("/{name:str}", status_code=200)
-    async def delete_interface(self, request: Request[Any, Any, Any], orders: Orders, name: str) -> Response[bytes]:
+    async def delete_interface(
+        self, request: Request[Any, Any, Any], orders: NamedDependency[Orders], name: FromPath[str]
+    ) -> Response[bytes]:
         """Remove the interface for good; its history stays."""
         order = orders.begin(request, "RetireInterface", "v1", "delete")
         async with order.recorded() as named:
@@ -126,7 +135,7 @@ class InterfacesController(Controller):
 
     @post("/{name:str}/start", status_code=200)
     async def start_processing(
-        self, request: Request[Any, Any, Any], orders: Orders, name: str, body: bytes
+        self, request: Request[Any, Any, Any], orders: NamedDependency[Orders], name: FromPath[str], body: RawBody
     ) -> Response[bytes]:
         """Let the workers read the device."""
         order = orders.begin(request, "EnableProcessing", "v1", "start", body)
@@ -138,7 +147,7 @@ class InterfacesController(Controller):
 
     @post("/{name:str}/stop", status_code=200)
     async def stop_processing(
-        self, request: Request[Any, Any, Any], orders: Orders, name: str, body: bytes
+        self, request: Request[Any, Any, Any], orders: NamedDependency[Orders], name: FromPath[str], body: RawBody
     ) -> Response[bytes]:
         """Take the device from the workers."""
         order = orders.begin(request, "DisableProcessing", "v1", "stop", body)
@@ -155,7 +164,9 @@ class CommandsController(Controller):
     path = "/api/v1"
 
     @post("/batch", status_code=200, request_max_body_size=BATCH_MAX_BYTES)
-    async def batch(self, request: Request[Any, Any, Any], orders: Orders, body: bytes) -> Response[bytes]:
+    async def batch(
+        self, request: Request[Any, Any, Any], orders: NamedDependency[Orders], body: RawBody
+    ) -> Response[bytes]:
         """Several commands, all applied or none."""
         order = orders.begin(request, "Batch", "v1", "batch", body)
         async with order.recorded():
@@ -167,7 +178,9 @@ class CommandsController(Controller):
         return await order.carry_out(*commands)
 
     @get("/commands/{command_id:str}")
-    async def read_command(self, request: Request[Any, Any, Any], view: LogView, command_id: str) -> Response[bytes]:
+    async def read_command(
+        self, request: Request[Any, Any, Any], view: NamedDependency[LogView], command_id: FromPath[str]
+    ) -> Response[bytes]:
         """What became of a command."""
         parameters(request)
         found = await asyncio.to_thread(view.command, command_id)
@@ -175,7 +188,7 @@ class CommandsController(Controller):
 
     @post("/commands/{command_id:str}/confirm", status_code=200)
     async def confirm_command(
-        self, request: Request[Any, Any, Any], orders: Orders, command_id: str, body: bytes
+        self, request: Request[Any, Any, Any], orders: NamedDependency[Orders], command_id: FromPath[str], body: RawBody
     ) -> Response[bytes]:
         """Make a change stay that was ordered with confirm_within_s."""
         order = orders.begin(request, "ConfirmChange", "v1", "confirm", body)
@@ -183,40 +196,59 @@ class CommandsController(Controller):
             bodies.nothing(bodies.document(body))
             return await order.confirm(command_id)
 
-    @get(["/history", "/interfaces/{name:str}/history"])
-    async def history(
+    @get("/history")
+    async def read_history(
         self,
         request: Request[Any, Any, Any],
-        view: LogView,
-        name: str | None = None,
-        id: str | None = None,  # noqa: A002  # the query parameter's name
-        before: Annotated[int, Parameter(ge=1, le=POSITION_MAX)] = POSITION_MAX,
-        limit: Annotated[int, Parameter(ge=1, le=HISTORY_MAX)] = 100,
+        view: NamedDependency[LogView],
+        name: FromQuery[str | None] = None,
+        id: FromQuery[str | None] = None,  # noqa: A002  # the query parameter's name
+        before: Before = POSITION_MAX,
+        limit: Entries = 100,
     ) -> Response[bytes]:
         """The latest changes, newest first: of everything, of a name over all its interfaces, or of one id."""
-        parameters(request, "id", "before", "limit")
-        first = before == POSITION_MAX
-        entries, following = await asyncio.to_thread(
-            view.history, name, limit, interface_id=id, before=None if first else before
-        )
-        one = name is not None or id is not None
-        if one and not entries and not first:  # nothing before this position, or nothing at all?
-            first = not (await asyncio.to_thread(view.history, name, 1, interface_id=id))[0]
-        if one and not entries and first:
-            raise TunledgerError(ErrorCode.NOT_FOUND, f"nothing is known of an interface {id or name}")
-        return answer({"history": entries, "next": following})
+        return await _history(request, view, name, id, before, limit)
+
+    @get("/interfaces/{name:str}/history")
+    async def read_history_of(
+        self,
+        request: Request[Any, Any, Any],
+        view: NamedDependency[LogView],
+        name: FromPath[str],
+        id: FromQuery[str | None] = None,  # noqa: A002  # the query parameter's name
+        before: Before = POSITION_MAX,
+        limit: Entries = 100,
+    ) -> Response[bytes]:
+        """The latest changes of a name over all its interfaces, newest first."""
+        return await _history(request, view, name, id, before, limit)
 
     @post("/reconcile", status_code=200)
-    async def reconcile(self, request: Request[Any, Any, Any], orders: Orders) -> Response[bytes]:
+    async def reconcile(self, request: Request[Any, Any, Any], orders: NamedDependency[Orders]) -> Response[bytes]:
         """Look at everything now, and mend what differs; or only say what would be done."""
         order = orders.begin(request, "Reconcile", "v1", "reconcile")
         return await order.reconcile()
 
     @get("/drift")
-    async def read_drift(self, request: Request[Any, Any, Any], orders: Orders) -> Response[bytes]:
+    async def read_drift(self, request: Request[Any, Any, Any], orders: NamedDependency[Orders]) -> Response[bytes]:
         """What differs now between the log and the host, and what would mend it."""
         parameters(request)
         return answer({"drift": await drift(orders.engine)})
+
+
+async def _history(
+    request: Request[Any, Any, Any], view: LogView, name: str | None, interface_id: str | None, before: int, limit: int
+) -> Response[bytes]:
+    parameters(request, "id", "before", "limit")
+    first = before == POSITION_MAX
+    entries, following = await asyncio.to_thread(
+        view.history, name, limit, interface_id=interface_id, before=None if first else before
+    )
+    one = name is not None or interface_id is not None
+    if one and not entries and not first:  # nothing before this position, or nothing at all?
+        first = not (await asyncio.to_thread(view.history, name, 1, interface_id=interface_id))[0]
+    if one and not entries and first:
+        raise TunledgerError(ErrorCode.NOT_FOUND, f"nothing is known of an interface {interface_id or name}")
+    return answer({"history": entries, "next": following})
 
 
 def _existing(orders: Orders, name: str) -> Interface:

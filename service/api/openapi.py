@@ -14,6 +14,7 @@ from importlib.resources import files
 from typing import Any, Final
 
 from litestar import Controller, Response, get
+from litestar.params import FromPath
 
 from service import __version__
 from service.api import render
@@ -68,7 +69,7 @@ class SchemaController(Controller):
         return Response(_encoded(), media_type="application/json", headers={"Cache-Control": "no-cache"})
 
     @get("/{name:str}")
-    async def part(self, name: str) -> Response[bytes]:
+    async def part(self, name: FromPath[str]) -> Response[bytes]:
         """What the page is made of."""
         if name not in FILES:
             raise TunledgerError(ErrorCode.NOT_FOUND, f"there is no /schema/{name} here")
