@@ -36,6 +36,7 @@ from tests.faults import strace
 from tests.faults.scenarios import crashed
 from tests.faults.strace import Call
 from tests.faults.world import Heard, World
+from tests.part import part_of
 
 pytestmark = pytest.mark.kernel
 
@@ -413,7 +414,7 @@ def test_a_system_call_that_fails_loses_nothing_whichever_it_is(
     every_point: list[Point], tmp_path: Path, call: str
 ) -> None:
     """Every point of this call, in each way."""
-    cases = [Case(point, way) for point in every_point if point.call == call for way in WAYS]
+    cases = part_of(Case(point, way) for point in every_point if point.call == call for way in WAYS)
     assert_holds_after(cases, every_point, tmp_path)
 
 
