@@ -22,6 +22,7 @@ from service.packet.segment import CannotCut, cut
 from service.packet.vnet import VnetHeader, build_vnet
 from tests.dataplane.chains import FakeBatch, FakeContext
 from tests.packet import golden, malformed, strategies
+from tests.part import share
 
 CORPUS: Final = sorted((Path(__file__).parent / "corpus").glob("*.hex"))
 MODES: Final[tuple[Mode, ...]] = ("tun", "tap")
@@ -137,7 +138,7 @@ def test_golden_and_broken_packets_cut_anywhere_do_no_harm(mode: Mode) -> None:
 
 @pytest.mark.full
 @pytest.mark.timeout(7200)
-@settings(max_examples=170_000, deadline=None)
+@settings(max_examples=share(170_000), deadline=None)
 @given(packets, frames, headers, directions)
 def test_a_million_packets_do_no_harm(
     octets: list[bytes], ethernet: list[bytes], vnet: list[VnetHeader], direction: str

@@ -31,6 +31,7 @@ from tests.faults.counts import count
 from tests.faults.forked import nursery
 from tests.faults.scenarios import KEEP, VARIABLE
 from tests.faults.world import Heard, World
+from tests.part import part_of
 
 REPOSITORY = Path(__file__).parents[2]
 ERRORS = ("EIO", "ENOSPC", "ENOMEM", "EPERM", "EBUSY")
@@ -120,7 +121,7 @@ def test_a_kill_at_any_point_loses_nothing_and_leaves_nothing(traces: Traces, tm
 @pytest.mark.full
 @pytest.mark.timeout(7200)
 def test_a_kill_every_time_that_any_point_is_reached_loses_nothing(traces: Traces, tmp_path: Path) -> None:
-    cases = orders(traces.places(), "kill")
+    cases = part_of(orders(traces.places(), "kill"))
     count("kills, whole", len(cases))
     at_once(lambda case: kill_at(tmp_path / folder_of(case), case), cases)
 
@@ -170,7 +171,7 @@ def test_any_error_any_time_that_a_point_can_fail_is_told_and_mended(traces: Tra
         for case in orders([place], f"fail={random.Random(f'{SEED} {place}').choice(ERRORS)}")
     ]
     every_error = orders(traces.chosen(lambda name: bool(can_fail(name))), *(f"fail={error}" for error in ERRORS))
-    cases = sorted({*everywhere, *every_error})
+    cases = part_of(sorted({*everywhere, *every_error}))
     count("errors, whole", len(cases))
     at_once(lambda case: fail_at(tmp_path / folder_of(case), case), cases)
 
@@ -260,7 +261,7 @@ def test_while_a_step_takes_its_time_clients_may_do_what_they_like(tmp_path: Pat
 @pytest.mark.timeout(7200)
 def test_while_any_step_takes_its_time_clients_may_do_what_they_like(traces: Traces, tmp_path: Path) -> None:
     points = sorted({point for trace in traces.reached.values() for point in trace})
-    cases = [f"{what}: wait@{point}#{time}=0.2" for what in HELD_UP for point in points for time in (1, 2, 4)]
+    cases = part_of(f"{what}: wait@{point}#{time}=0.2" for what in HELD_UP for point in points for time in (1, 2, 4))
     count("held up, whole", len(cases))
     at_once(lambda case: hold_up(tmp_path / folder_of(case), case), cases)
 
@@ -349,7 +350,7 @@ def test_a_migration_that_is_cut_short_is_finished_by_the_next(tmp_path: Path) -
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 def test_a_migration_may_be_cut_short_anywhere(tmp_path: Path) -> None:
-    cases = migration_cases(tmp_path)
+    cases = part_of(migration_cases(tmp_path))
     count("migrations cut short, whole", len(cases))
     at_once(lambda case: cut_short(tmp_path / folder_of(case), case), cases)
 

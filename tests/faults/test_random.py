@@ -20,6 +20,7 @@ from tests.faults.counts import count
 from tests.faults.scenarios import KEEP, VARIABLE
 from tests.faults.world import World
 from tests.kernel.outside import LinuxOutside
+from tests.part import share
 
 GIVEN = os.environ.get("TUNLEDGER_TEST_SEED")
 NAMES = tuple(f"r{n}" for n in range(6))
@@ -251,4 +252,5 @@ def test_whatever_happens_in_whatever_order_everything_holds(tmp_path: Path) -> 
 @pytest.mark.timeout(7200)
 def test_long_random_lives_hold(tmp_path: Path) -> None:
     first = random.SystemRandom().randrange(10**6) * 1000
-    at_once(lambda seed: run(tmp_path / seed, int(seed), epochs=12, steps=30), seeds(60, first))
+    print(f"seeds from {first} on")
+    at_once(lambda seed: run(tmp_path / seed, int(seed), epochs=12, steps=30), seeds(share(60), first))

@@ -15,6 +15,7 @@ from tests.faults.cases import AT_ONCE, SEED, Traces, at_once, folder_of, holds_
 from tests.faults.counts import count
 from tests.faults.scenarios import VARIABLE
 from tests.faults.world import World
+from tests.part import part_of
 
 DEPTH = 3
 
@@ -82,7 +83,8 @@ def test_three_crashes_during_recovery_lose_nothing_and_leave_nothing(traces: Tr
 @pytest.mark.full
 @pytest.mark.timeout(7200)
 def test_three_crashes_during_any_recovery_lose_nothing(traces: Traces, tmp_path: Path) -> None:
-    cases = cases_of(traces, random.Random(SEED), 2 * min(400, len([p for p in traces.places() if p[0] == "recovery"])))
+    most = 2 * min(400, len([p for p in traces.places() if p[0] == "recovery"]))
+    cases = part_of(cases_of(traces, random.Random(SEED), most))
     count("recoveries cut off three times, whole", len(cases))
     longest = recovery_points(traces)
     at_once(lambda case: crash_again_and_again(tmp_path / folder_of(case), case, longest), cases)

@@ -38,6 +38,7 @@ from tests.faults.outsiders import (
 )
 from tests.faults.world import World
 from tests.kernel.outside import LinuxOutside
+from tests.part import part_of
 
 EVERY_SECOND = {"TUNLEDGER_RECONCILE__INTERVAL_S": "1"}
 
@@ -502,5 +503,5 @@ def test_whatever_an_adversary_does_nothing_of_others_is_touched_and_all_comes_r
 @pytest.mark.full
 @pytest.mark.timeout(7200)
 def test_whatever_adversaries_do_for_long_nothing_of_others_is_touched(tmp_path: Path) -> None:
-    cases = [f"{SEED}-{n}" for n in range(24)]
+    cases = part_of(f"{SEED}-{n}" for n in range(24))
     at_once(lambda case: _rampage(tmp_path / folder_of(case), case, 60.0), cases)

@@ -9,6 +9,7 @@ from service.packet.flowkey import FLOW_BYTES, Entry, Meter, flow_ends, flow_key
 from service.packet.parse import Frame, Packet, parse, parse_frame
 from service.packet.transport import IcmpHeader, Icmpv6Header, TcpHeader, UdpHeader
 from tests.packet import golden, strategies
+from tests.part import share
 
 
 def facts(entry: Entry) -> tuple[object, ...]:
@@ -94,7 +95,7 @@ def test_frames_with_vlan_tags_are_agreed_on(packets: list[bytes], tags: int) ->
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
-@settings(max_examples=250_000, deadline=None)
+@settings(max_examples=share(250_000), deadline=None)
 @given(strategies.octets, strategies.frames)
 def test_half_a_million_octet_strings_are_agreed_on(octets: bytes, frame: bytes) -> None:
     agreed(octets, "tun")

@@ -27,6 +27,7 @@ from service.packet.vnet import (
     untouched,
 )
 from tests.packet import golden, strategies
+from tests.part import share
 
 V4 = bytes([10, 0, 0, 1]), bytes([10, 0, 0, 2])
 V6 = bytes([0xFD] + [0] * 14 + [1]), bytes([0xFD] + [0] * 14 + [2])
@@ -256,7 +257,7 @@ def test_no_header_of_a_segment_does_harm(at: int, value: int, header: VnetHeade
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
-@settings(max_examples=100_000, deadline=None)
+@settings(max_examples=share(100_000), deadline=None)
 @given(strategies.octets, strategies.frames, headers)
 def test_no_header_does_harm_a_hundred_thousand_times(octets: bytes, frame: bytes, header: VnetHeader) -> None:
     harmless(octets, build_vnet(header), "tun")

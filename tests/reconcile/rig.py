@@ -105,13 +105,17 @@ class Rig:
         """Change an interface."""
         return await self.order(cmd.PatchInterface(InterfaceName(name), patch))
 
-    def events(self) -> list[Any]:
-        """All that the log says, oldest first."""
+    def recorded(self) -> list[ev.Recorded]:
+        """All events of the log, oldest first."""
         reader = LogReader(self.path)
         try:
-            return [event.body for event in reader.events()]
+            return list(reader.events())
         finally:
             reader.close()
+
+    def events(self) -> list[Any]:
+        """All that the log says, oldest first."""
+        return [event.body for event in self.recorded()]
 
     def of(self, *kinds: type[Any]) -> list[Any]:
         """The events of some kinds."""

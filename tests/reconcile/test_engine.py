@@ -236,6 +236,48 @@ async def test_too_many_commands_at_once_are_refused_with_come_again(
         assert len(rig.engine.state.interfaces) == 20 - len(refused) == 5
 
 
+async def test_who_asked_to_reconcile_is_in_the_log_before_anything_is_mended(tmp_path: Path) -> None:
+    async with running(tmp_path, FakeKernel()) as rig:
+        await rig.declare()
+        rig.kernel.outside.set_mtu("tun0", 1300)
+        begun = len(rig.events())
+        request = cmd.Request(via="v1", call="reconcile", reason="after the storm", key="k", fingerprint="f")
+        asked = cmd.Submission((), CommandId("c-1"), "uid:1000", request)
+        first = await rig.engine.reconcile_for(asked)
+        assert [type(body) for body in rig.events()[begun:]] == [
+            ev.ReconcileRequested,
+            ev.DriftDetected,
+            ev.DriftRepaired,
+        ]
+        (event,) = [each for each in rig.recorded() if isinstance(each.body, ev.ReconcileRequested)]
+        assert (event.actor, event.command_id, event.stream) == ("uid:1000", "c-1", ev.node_stream(rig.engine.node))
+        assert event.body == ev.ReconcileRequested(request=request)
+        # The same key again is nobody's asking anew; what the service does by itself nobody asked for.
+        rig.kernel.outside.set_mtu("tun0", 1300)
+        assert await rig.engine.reconcile_for(asked) == first
+        assert rig.kernel.observe().links["tun0"].mtu == 1300
+        await rig.engine.reconcile()
+        assert rig.kernel.observe().links["tun0"].mtu == 1500
+        assert len(rig.of(ev.ReconcileRequested)) == 1
+
+
+async def test_who_asks_to_reconcile_is_refused_while_the_log_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path, FakeKernel()) as rig:
+        await rig.declare()
+        rig.kernel.outside.set_mtu("tun0", 1300)
+
+        def full(*_arguments: Any) -> "Future[list[ev.Recorded]]":
+            raise TunledgerError(ErrorCode.LOG_FULL, "disk full", retry=True)
+
+        monkeypatch.setattr(rig.writer, "append", full)
+        asked = cmd.Submission((), CommandId("c-1"), "uid:0", cmd.Request(via="v1", call="reconcile"))
+        with pytest.raises(TunledgerError, match="disk full"):
+            await rig.engine.reconcile_for(asked)
+        assert rig.kernel.observe().links["tun0"].mtu == 1300, "mended, and nobody knows who asked"
+
+
 @pytest.mark.parametrize("call", ["confirm", "reconcile_for"])
 async def test_confirmations_and_orders_to_reconcile_count_among_the_commands_in_flight(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.harness import ROOT, Service, links
+from tests.part import part_of
 
 pytestmark = pytest.mark.kernel
 
@@ -71,6 +72,6 @@ def test_the_service_stands_up_to_schemathesis(
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", part_of([1, 2, 3]))
 def test_for_long(service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int) -> None:
     attack(service, tmp_path, capsys, "--max-examples=150", seed=seed)
