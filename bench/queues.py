@@ -43,7 +43,7 @@ QUEUES_S = 0.5
 
 def measure_napi(programs: Programs, ours: Ours, here: Namespace, there: Namespace) -> None:
     """Forward TCP without offloads: do writes get to the stack coalesced, and does it help?"""
-    ways: dict[str, tuple[int, Callable[[Namespace, str], None]]] = {
+    ways: dict[str, tuple[int, Callable[[str], None]]] = {
         "tun, no NAPI": (IFF_TUN, _nothing),
         "tun, IFF_NAPI": (IFF_TUN | IFF_NAPI, _nothing),
         f"tun, IFF_NAPI, packets wait {GRO_FLUSH_NS // 1000} us": (IFF_TUN | IFF_NAPI, _let_wait),
@@ -73,11 +73,11 @@ def measure_napi(programs: Programs, ours: Ours, here: Namespace, there: Namespa
     show_rates("TCP without offloads, written with IFF_NAPI", "Gbit/s", rows, scale=1e9, digits=2)
 
 
-def _nothing(_space: Namespace, _name: str) -> None:
+def _nothing(_name: str) -> None:
     pass
 
 
-def _let_wait(_space: Namespace, name: str) -> None:
+def _let_wait(name: str) -> None:
     """Have NAPI keep what may become a larger segment for a while (Documentation/networking/napi.rst)."""
     folder = f"/sys/class/net/{name}"
     script = f"mount -t sysfs sysfs /sys && echo {GRO_FLUSH_NS} > {folder}/gro_flush_timeout"

@@ -20,8 +20,8 @@ from bench.lab import IFF_TUN, SENDER_CPU, Namespace, Programs, counted, open_tu
 from bench.readers import Reader
 
 ROUNDS = 5
-WARM_S = 0.25
-MEASURED_S = 0.75
+WARM_S = 0.2
+MEASURED_S = 0.5
 TCP_S = 2
 DEVICE = "bench0"
 HERE, THERE = "10.60.0.1", "10.60.1.1"
@@ -150,19 +150,19 @@ def tcp(
     offloads: bool,
     flags: int = IFF_TUN,
     seconds: int = TCP_S,
-    opened: Callable[[Namespace, str], None] = lambda _space, _name: None,
+    opened: Callable[[str], None] = lambda _name: None,
 ) -> Sample:
     """One TCP connection through `reader`, by iperf3 or, where there is none, by `tcp.c`.
 
-    `flags` are the devices', `opened` is told of each, and where it is, before the reader starts.
+    `flags` are the devices', `opened` is told of each, in its namespace, before the reader starts.
     """
     with ExitStack() as stack:
         fds = {}
         for space, name, address in ((here, LEFT, LEFT_IP), (there, RIGHT, RIGHT_IP)):
             with space.inside():
                 fds[name] = open_tun(name, address, offloads=offloads, flags=flags)
-            stack.callback(os.close, fds[name])
-            opened(space, name)
+                stack.callback(os.close, fds[name])
+                opened(name)
         pid = stack.enter_context(reader.start(fds))
         iperf3 = shutil.which("iperf3")
         sink = [iperf3, "-s", "-1", "-B", RIGHT_IP] if iperf3 else [programs["tcp"], "sink", RIGHT_IP]
