@@ -25,7 +25,8 @@ READER_CPU, SENDER_CPU = 0, 1
 
 TXQUEUELEN = 1000  # the service's default (service/domain/spec.py)
 
-IFF_TUN, IFF_NO_PI, IFF_VNET_HDR = 0x0001, 0x1000, 0x4000  # linux/if_tun.h
+IFF_TUN, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0001, 0x0002, 0x1000, 0x4000  # linux/if_tun.h
+IFF_NAPI, IFF_NAPI_FRAGS, IFF_MULTI_QUEUE = 0x0010, 0x0020, 0x0100
 TUNSETIFF, TUNSETOFFLOAD = 0x400454CA, 0x400454D0
 TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_USO4, TUN_F_USO6 = 0x01, 0x02, 0x04, 0x20, 0x40
 OFFLOADS = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_USO4 | TUN_F_USO6
@@ -63,15 +64,17 @@ class Namespace:
             os.close(home)
 
 
-def open_tun(name: str, address: str, *, mtu: int = 1500, offloads: bool = False) -> int:
+def open_tun(name: str, address: str, *, mtu: int = 1500, offloads: bool = False, flags: int = IFF_TUN) -> int:
     """A TUN in the present namespace, up, with `address` in a /16; its fd, which does not wait.
+
+    `flags` are more of linux/if_tun.h, or have IFF_TAP in the place of IFF_TUN.
 
     With `offloads` packets have a virtio_net_hdr, and come unfinished and in segments (TUNSETOFFLOAD). Raises OSError
     EINVAL where the kernel cannot (USO: Linux 6.2).
     """
     fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        flags = IFF_TUN | IFF_NO_PI | (IFF_VNET_HDR if offloads else 0)
+        flags |= IFF_NO_PI | (IFF_VNET_HDR if offloads else 0)
         fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
         fcntl.ioctl(fd, TUNSETOFFLOAD, OFFLOADS if offloads else 0)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
@@ -117,19 +120,20 @@ def echo_replies() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """A process's time on a core so far, in seconds; `user_s` in steps of a tick."""
+    """A process's time on a core so far, in seconds, and how long it waited for one; `user_s` in steps of a tick."""
 
     total_s: float
     user_s: float
     system_s: float
+    waited_s: float
 
 
 def spent(pid: int) -> Spent:
     """How long the main thread of `pid` ran (Documentation/scheduler/sched-stats.rst, proc(5))."""
-    ran_ns = int(Path(f"/proc/{pid}/schedstat").read_text().split()[0])
+    ran_ns, waited_ns, _ = map(int, Path(f"/proc/{pid}/schedstat").read_text().split())
     words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     tick = os.sysconf("SC_CLK_TCK")
-    return Spent(ran_ns / 1e9, int(words[11]) / tick, int(words[12]) / tick)
+    return Spent(ran_ns / 1e9, int(words[11]) / tick, int(words[12]) / tick, waited_ns / 1e9)
 
 
 def worker_of(pid: int) -> int:
@@ -184,9 +188,29 @@ def running(command: Sequence[str], cpu: int, fds: Sequence[int] = ()) -> Iterat
 
 _told = [0.0]
 
+TOLD_S = 10.0
+"""How often it is told what is under way where nobody sees a line that is written over."""
+
 
 def tell(text: str) -> None:
-    """Show on a terminal what is under way, in one line that is written over; elsewhere nothing."""
-    if sys.stderr.isatty() and (not text or monotonic() - _told[0] > 0.1):
+    """Show on stderr what is under way: on a terminal in one line that is written over, elsewhere now and then."""
+    here = sys.stderr.isatty()
+    if not text and not here:
+        return
+    if not text or monotonic() - _told[0] > (0.1 if here else TOLD_S):
         _told[0] = monotonic()
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+        print(f"\r\x1b[K{text}" if here else f"  {text}", end="" if here else "\n", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def under_way(part: str, about_s: float) -> Iterator[None]:
+    """Say on stderr that a part begins, about how long it takes, and how long it took."""
+    minutes = f"{about_s / 60:.0f} minutes" if about_s >= 90 else f"{about_s:.0f} s"
+    begun = monotonic()
+    tell("")
+    print(f"# {part}: about {minutes}", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        tell("")
+        print(f"# {part}: took {monotonic() - begun:.0f} s", file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bench.lab import READER_CPU, Programs, running, worker_of
 from service.dataplane.supervisor import Supervisor, WorkerExit
@@ -68,7 +68,14 @@ class Ours:
         """Stop it."""
         self.supervisor.close()
 
-    def reader(self, what: str, chains: Mapping[str, Sequence[Mapping[str, Any]]], *, offloads: bool = False) -> Reader:
+    def reader(
+        self,
+        what: str,
+        chains: Mapping[str, Sequence[Mapping[str, Any]]],
+        *,
+        offloads: bool = False,
+        mode: Literal["tun", "tap"] = "tun",
+    ) -> Reader:
         """The worker with these chains, by the name of the device."""
 
         @contextmanager
@@ -77,7 +84,8 @@ class Ours:
             os.sched_setaffinity(pid, {READER_CPU})
             try:
                 for name, fd in devices.items():
-                    self._attach(name, os.dup(fd), chains[name], offloads=offloads)
+                    work = Work(parse_chain(list(chains[name]), "chain"), MTU, offloads, "auto")
+                    self.supervisor.attach(name, os.dup(fd), mode=mode, name=name, work=work)
                 yield pid
                 self._check(devices, chains)
             finally:
@@ -98,8 +106,3 @@ class Ours:
                 assert stage.processor == wanted["processor"], stage
                 assert not stage.bypassed, stage
                 assert stage.packets_in > 0, stage
-
-    def _attach(self, name: str, fd: int, chain: Sequence[Mapping[str, Any]], *, offloads: bool) -> None:
-        """The one place that knows how a device and its chain get to a worker."""
-        work = Work(chain=parse_chain(list(chain), "chain"), mtu=MTU, vnet_hdr=offloads, offloads="auto")
-        self.supervisor.attach(name, fd, mode="tun", name=name, work=work)

@@ -161,7 +161,7 @@ class Capture(Processor):
         self._dropped += count
         self.context.count("dropped", count)
 
-    def _write(self, octets: bytes) -> bool:
+    def _write(self, octets: bytes | memoryview) -> bool:
         """Write all of it, or as much as goes at once and keep the rest; False if nothing of it went."""
         try:
             taken = os.write(self._fd, octets)
@@ -173,7 +173,7 @@ class Capture(Processor):
             self._stop(error.errno or errno.EIO)
             return False
         if taken < len(octets):
-            self._rest = octets[taken:]
+            self._rest = bytes(octets[taken:])
         self._written += len(octets)
         self._bytes_left -= len(octets)
         self.context.count("bytes", len(octets))
