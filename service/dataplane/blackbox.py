@@ -4,11 +4,14 @@ One memfd for each worker, mapped by it and, to be read, by the supervisor. The 
 and stage; after its death the supervisor reads which stage had which packet. Who is to blame is decided here, what to
 do about it elsewhere (`crashes`).
 
-    0     words    turn, busy, serial, area + 1, count, index, offset
+    0     words    turn, busy, serial, area + 1, count, index
     64    u32      the lengths of the packets in the buffers
     512   text     what Python said: two octets of length, UTF-8
     2048  packet   the packet at fault, if it is none of the buffers': length and first octets
-    4096  buffers  `BATCH_MAX` of `STRIDE` octets
+    4096  rows     `BATCH_MAX` of `STRIDE` octets: a packet begins where its row does, what was read in front of it
+                   (virtio_net_hdr) ends there, at the end of the row before
+
+A packet begins at the same place whether its device has headers or not: so one set of views does for all devices.
 
 `turn` and `busy` also tell a worker that is stuck from one that has nothing to do.
 """
@@ -17,10 +20,12 @@ import fcntl
 import mmap
 import os
 import struct
+from array import array
 from dataclasses import dataclass
 from typing import Final
 
 from service.dataplane.contract import BATCH_MAX
+from service.packet.rows import Rows
 
 TURN: Final = 0
 BUSY: Final = 1
@@ -28,14 +33,16 @@ SERIAL: Final = 2
 AREA: Final = 3
 COUNT: Final = 4
 INDEX: Final = 5
-OFFSET: Final = 6
 _WORDS: Final = 8
 
 _LENGTHS_AT: Final = 64
 _TEXT_AT: Final = 512
 _TEXT_MAX: Final = 1024
 _PACKET_AT: Final = 2048
-_BUFFERS_AT: Final = 4096
+_ROWS_AT: Final = 4096
+HEADER_BYTES: Final = 10
+"""struct virtio_net_hdr (linux/virtio_net.h), as TUNSETVNETHDRSZ is left."""
+
 SHOWN_MAX: Final = 256
 """Octets of a packet that are told."""
 
@@ -65,7 +72,7 @@ def create() -> int:
     """Return a memfd of the right size, which nobody can change any more; the caller closes it. Raises OSError."""
     fd = os.memfd_create("tunledger-packets", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.ftruncate(fd, _BUFFERS_AT + BATCH_MAX * STRIDE)
+        os.ftruncate(fd, _ROWS_AT + BATCH_MAX * STRIDE)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     except BaseException:
         os.close(fd)
@@ -74,19 +81,36 @@ def create() -> int:
 
 
 class BlackBox:
-    """The worker's end. `words`, `lengths` and `buffers` are public because the packet loop uses them in place."""
+    """The worker's end.
+
+    Attributes:
+        words: see above; the packet loop writes them in place.
+        rows: the packets.
+        buffers: what is read into by devices without headers, and `framed` by those with.
+        headers: what `framed` has in front of each packet.
+    """
 
     def __init__(self, fd: int) -> None:
         """Map the memory behind `fd`, which may be closed afterwards. Raises OSError."""
-        whole = memoryview(mmap.mmap(fd, _BUFFERS_AT + BATCH_MAX * STRIDE))
+        whole = memoryview(mmap.mmap(fd, _ROWS_AT + BATCH_MAX * STRIDE))
         self.words: Final = whole[: 8 * _WORDS].cast("Q")
-        self.lengths: Final = whole[_LENGTHS_AT : _LENGTHS_AT + 4 * BATCH_MAX].cast("I")
-        starts = [_BUFFERS_AT + number * STRIDE for number in range(BATCH_MAX)]
-        self.buffers: Final = [whole[start : start + STRIDE] for start in starts]
+        self.rows: Final = Rows(whole[_ROWS_AT:], STRIDE, BATCH_MAX)
+        starts = [_ROWS_AT + number * STRIDE for number in range(BATCH_MAX)]
+        room = STRIDE - HEADER_BYTES  # the end of a row is the next one's header
+        self.buffers: Final = [whole[start : start + room] for start in starts]
+        self.framed: Final = [whole[start - HEADER_BYTES : start + room] for start in starts]
+        self.headers: Final = [whole[start - HEADER_BYTES : start] for start in starts]
         self.noted = False
         """Whether an end has been written down."""
+        self._lengths: Final = whole[_LENGTHS_AT : _LENGTHS_AT + 4 * BATCH_MAX].cast("I")
         self._text: Final = whole[_TEXT_AT:_PACKET_AT]
-        self._packet: Final = whole[_PACKET_AT:_BUFFERS_AT]
+        self._packet: Final = whole[_PACKET_AT : _PACKET_AT + 4 + SHOWN_MAX]
+
+    def packets(self, lengths: list[int]) -> list[memoryview]:
+        """The packets in the first rows, whose lengths these are, one at least; the lengths are written down."""
+        if self.rows.hold(lengths):
+            self._lengths[: len(lengths)] = array("I", lengths)
+        return self.rows.views()
 
     def note(self, error: BaseException, packet: memoryview | None) -> None:
         """Write down what Python said, and about which packet; the first time counts."""
@@ -107,7 +131,7 @@ class Recovered:
 
     def __init__(self, fd: int) -> None:
         """Map the memory behind `fd`, which may be closed afterwards. Raises OSError."""
-        self._whole: Final = memoryview(mmap.mmap(fd, _BUFFERS_AT + BATCH_MAX * STRIDE, prot=mmap.PROT_READ))
+        self._whole: Final = memoryview(mmap.mmap(fd, _ROWS_AT + BATCH_MAX * STRIDE, prot=mmap.PROT_READ))
         self._words: Final = self._whole[: 8 * _WORDS].cast("Q")
 
     def turn(self) -> int | None:
@@ -117,13 +141,13 @@ class Recovered:
 
     def read(self) -> Remains | None:
         """What a worker that is dead had in hand; None if that was no stage's doing."""
-        _, _, serial, area, count, index, offset, _ = self._words.tolist()
+        _, _, serial, area, count, index, _, _ = self._words.tolist()
         if not area:
             return None
         said = bytes(self._whole[_TEXT_AT + 2 :][: min(_TEXT_MAX, _SHORT.unpack_from(self._whole, _TEXT_AT)[0])])
         if count and index < BATCH_MAX:
             (length,) = _LONG.unpack_from(self._whole, _LENGTHS_AT + 4 * index)
-            start = _BUFFERS_AT + index * STRIDE + min(offset, 64)
+            start = _ROWS_AT + index * STRIDE
         else:
             (length,) = _LONG.unpack_from(self._whole, _PACKET_AT)
             start = _PACKET_AT + 4

@@ -15,12 +15,12 @@ import io
 import os
 import select
 import weakref
-from array import array
-from collections.abc import Callable, Mapping, Sequence
-from itertools import takewhile
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import compress, repeat, takewhile
+from operator import attrgetter
+from typing import TYPE_CHECKING, Final
 
-from service.dataplane.blackbox import AREA, COUNT, INDEX, OFFSET, SERIAL, BlackBox
+from service.dataplane.blackbox import AREA, COUNT, HEADER_BYTES, INDEX, SERIAL, BlackBox
 from service.dataplane.contract import BATCH_MAX, DROP_REASONS, NO_OFFLOAD, Batch, DropReason, Mode, Packet
 from service.dataplane.device_batch import DeviceBatch
 from service.dataplane.layout import DIRECTION_WORDS, DROPS_AT, CounterWriter
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 
 _TUNSETOFFLOAD: Final = 0x400454D0  # linux/if_tun.h
 
-HEADER_BYTES: Final = 10
-"""struct virtio_net_hdr (linux/virtio_net.h), as TUNSETVNETHDRSZ is left."""
-
 BATCH_BYTES: Final = 256 * 1024
 """With large segments a batch ends about here: what is read has to be in the cache still when it is written."""
 
@@ -48,6 +45,8 @@ NESTED_MAX: Final = 8
 _REASON: Final = {reason: index for index, reason in enumerate(DROP_REASONS)}
 _CUSTOM: Final = _REASON[DropReason.CUSTOM]
 _END_OF_CHAIN: Final = _REASON[DropReason.END_OF_CHAIN]
+
+_KIND_OF: Final = attrgetter("kind")
 
 _FOR_ALL: Final = frozenset({DropReason.OUTPUT_DOWN, DropReason.NO_OUTPUT})
 """Where one packet was refused for these, so would be the next."""
@@ -90,8 +89,12 @@ class Port:
 class Ports:
     """The outputs of a worker's devices by name, as long as somebody holds them."""
 
-    def __init__(self) -> None:
-        self.meters: Final[Mapping[Mode, Meter]] = {"tun": Meter("tun"), "tap": Meter("tap")}
+    def __init__(self, box: BlackBox) -> None:
+        """`box` is what the worker reads into."""
+        self.meters: Final[Mapping[Mode, Meter]] = {
+            "tun": Meter("tun", rows=box.rows),
+            "tap": Meter("tap", rows=box.rows),
+        }
         self._ports: weakref.WeakValueDictionary[str, Port] = weakref.WeakValueDictionary()
         self._devices: dict[str, Device] = {}
 
@@ -155,17 +158,15 @@ class Device:
         self.chain = Chain()
         self.up = True
         """Whether it took the last packet that was written to it, or has come up since."""
-        self._look: Final = ports.meters[setup.mode].look
+        self._meter: Final = ports.meters[setup.mode]
         self._counters: Final = counters
         self._start: Final = counters.clear(slot)
         self._words: Final = counters.words
         self._drops_at: Final = self._start + DROPS_AT
         self._nested = 0
-        self._buffers = box.buffers
-        """What a batch is read into."""
-        if setup.vnet_hdr:
-            self._headers: Final = [buffer[:HEADER_BYTES] for buffer in box.buffers]
-            self._bodies: Final = [buffer[HEADER_BYTES:] for buffer in box.buffers]
+        self._whole: Final = box.framed if setup.vnet_hdr else box.buffers
+        self._buffers = self._whole
+        """What the next batch is read into."""
 
     def close(self) -> None:
         """Close the descriptor. What offloads were asked for are taken back first: the device would keep them, and hand
@@ -207,7 +208,7 @@ class Device:
     def _ended(self) -> int:
         """Why it says that it has an end, if everything is read."""
         try:
-            length = self.file.readinto(self.box.buffers[-1])
+            length = self.file.readinto(self._whole[-1])
         except OSError as failure:
             return failure.errno or errno.EIO
         if length is None:
@@ -217,16 +218,20 @@ class Device:
     def _hand_through(self, lengths: list[int]) -> None:
         box = self.box
         count = len(lengths)
+        headers: list[Packet] | None = None
         if self.vnet_hdr:
             lengths = [max(0, length - HEADER_BYTES) for length in lengths]
-            packets = [body[:length] for body, length in zip(self._bodies, lengths, strict=False)]
-            headers: list[Packet] | None = self._headers[:count]
-            self._fit(sum(lengths), count)
+            headers = box.headers[:count]
+        packets = box.packets(lengths)
+        if headers is not None:
+            self._fit(box.rows.octets, count)
+        entries, kind = self._meter.look_at_rows(packets)
+        if kind < 0:
+            self._add(self._start, list(map(_KIND_OF, entries)), lengths)
         else:
-            packets = [buffer[:length] for buffer, length in zip(box.buffers, lengths, strict=False)]
-            headers = None
-        entries = self._look(packets)
-        self._add(self._start, entries, lengths)
+            at = self._start + 2 * kind
+            self._words[at] += count
+            self._words[at + 1] += box.rows.octets
         if self._lines is not None:
             for packet in packets:
                 self._lines.packet(self.name, self.mode, packet, len(packet))
@@ -234,11 +239,9 @@ class Device:
         if not chain:
             self._words[self._drops_at + _END_OF_CHAIN] += count
             return
-        box.lengths[:count] = array("I", lengths)
         box_words = box.words
         box_words[SERIAL] = self.serial
         box_words[INDEX] = 0
-        box_words[OFFSET] = HEADER_BYTES if self.vnet_hdr else 0
         box_words[COUNT] = count
         batch = DeviceBatch(self, "from_kernel", packets, headers, entries)
         try:
@@ -255,15 +258,17 @@ class Device:
         """Have the next batch end at about `BATCH_BYTES`, if its packets are as large as those of this one."""
         most = len(self._buffers)
         if octets > BATCH_BYTES and most > BATCH_MIN:
-            self._buffers = self.box.buffers[: most // 2]
+            self._buffers = self._whole[: most // 2]
         elif most < BATCH_MAX and count == most and octets < BATCH_BYTES // 2:
-            self._buffers = self.box.buffers[: most * 2]
+            self._buffers = self._whole[: most * 2]
 
     # -- out
 
-    def answer(self, packets: list[Packet]) -> int:
-        """See `Batch.answer_all`."""
-        return self.send(packets, None, None, self.drop)
+    def answer(self, packets: list[Packet], kinds: list[int] | None = None) -> int:
+        """See `Batch.answer_all` and `answer_looked`."""
+        if self.chain.to_kernel:
+            return self.send(packets, None, None, self.drop)
+        return self._emit(packets, None, kinds, self.drop)
 
     def drop(self, reason: str, count: int) -> None:
         """Count packets that end here."""
@@ -284,7 +289,7 @@ class Device:
             packets, headers, entries = batch.packets, batch.headers, batch.entries
         if not packets:
             return 0
-        return self._emit(packets, headers, entries, drop)
+        return self._emit(packets, headers, None if entries is None else list(map(_KIND_OF, entries)), drop)
 
     def _run_nested(self, batch: DeviceBatch) -> None:
         """The to_kernel stages, in the middle of another device's stage."""
@@ -301,51 +306,53 @@ class Device:
         self._nested -= 1
         box[SERIAL], box[AREA], box[COUNT], box[INDEX] = serial, area, count, index
 
-    def _emit(
-        self, packets: list[Packet], headers: list[Packet] | None, entries: list[Entry] | None, drop: Drop
-    ) -> int:
+    def _emit(self, packets: list[Packet], headers: list[Packet] | None, kinds: list[int] | None, drop: Drop) -> int:
+        """Write packets, and count those that were taken; `kinds` are their classes, None if nobody has looked."""
         if headers is not None and not self.vnet_hdr and not is_plain(headers):
             packets, _ = plain(packets, headers, self.mode, drop)
-            headers = entries = None
+            headers = kinds = None
             if not packets:
                 return 0
-        write: Callable[[Any], int | None]
-        wires: Sequence[Any]
-        if self.vnet_hdr:
-            fd, writev = self.fd, os.writev
-            wires = list(zip(headers or [NO_OFFLOAD] * len(packets), packets, strict=True))
-
-            def write(parts: Any) -> int | None:
-                return writev(fd, parts)
-
-        else:
-            write = self.file.write
-            wires = packets
         done: list[int | None] = []
         refused: list[int] = []
-        while len(done) < len(wires):
+        while len(done) < len(packets):
             try:
-                done.extend(map(write, wires[len(done) :] if done else wires))
+                done.extend(self._write(packets, headers, len(done)))
             except OSError as failure:
                 reason = self._why(failure)
                 first = len(done)
-                last = len(wires) if reason in _FOR_ALL else first + 1
+                last = len(packets) if reason in _FOR_ALL else first + 1
                 drop(reason, last - first)
                 refused.extend(range(first, last))
                 done.extend([0] * (last - first))
-        if None in done:
+        if not all(done):
             full = [index for index, written in enumerate(done) if written is None]
             drop(DropReason.OUTPUT_FULL, len(full))
             refused += full
         if refused:
             out = set(refused)
             packets = [packet for index, packet in enumerate(packets) if index not in out]
-            if entries is not None:
-                entries = [entry for index, entry in enumerate(entries) if index not in out]
+            if kinds is not None:
+                kinds = [kind for index, kind in enumerate(kinds) if index not in out]
         if packets:
             self.up = True
-            self._add(self._start + DIRECTION_WORDS, entries or self._look(packets), list(map(len, packets)))
+            if kinds is None:
+                kinds = list(map(_KIND_OF, self._meter.look(packets)))
+            self._add(self._start + DIRECTION_WORDS, kinds, list(map(len, packets)))
         return len(packets)
+
+    def _write(self, packets: list[Packet], headers: list[Packet] | None, first: int) -> Iterator[int | None]:
+        """Write packets, from the one at `first` on, as the octets that each took are asked for; None for a full one.
+
+        Raises OSError.
+        """
+        if first:
+            packets = packets[first:]
+            headers = headers[first:] if headers else None
+        if not self.vnet_hdr:
+            return map(self.file.write, packets)
+        parts = zip(headers or repeat(NO_OFFLOAD), packets, strict=False)
+        return map(os.writev, repeat(self.fd), parts)
 
     def _why(self, failure: OSError) -> str:
         """The reason that a write that failed is counted with (drivers/net/tun.c, tun_get_user)."""
@@ -367,28 +374,15 @@ class Device:
         poll.register(self.fd, select.POLLOUT)
         self.up = any(events & select.POLLOUT for _, events in poll.poll(0))
 
-    def _add(self, start: int, entries: list[Entry], lengths: list[int]) -> None:
-        """Count packets by class, runs at once."""
+    def _add(self, start: int, kinds: list[int], lengths: list[int]) -> None:
+        """Count packets by class; mostly they are all of one."""
         words = self._words
-        first = entries[0]
-        count = len(entries)
-        if entries.count(first) == count:  # by identity: mostly it is one flow
-            at = start + 2 * first.kind
-            words[at] += count
+        if kinds.count(kinds[0]) == len(kinds):
+            at = start + 2 * kinds[0]
+            words[at] += len(kinds)
             words[at + 1] += sum(lengths)
             return
-        run_kind = first.kind
-        run_packets = run_bytes = 0
-        for entry, length in zip(entries, lengths, strict=True):
-            kind = entry.kind
-            if kind != run_kind:
-                at = start + 2 * run_kind
-                words[at] += run_packets
-                words[at + 1] += run_bytes
-                run_kind = kind
-                run_packets = run_bytes = 0
-            run_packets += 1
-            run_bytes += length
-        at = start + 2 * run_kind
-        words[at] += run_packets
-        words[at + 1] += run_bytes
+        for kind in set(kinds):
+            at = start + 2 * kind
+            words[at] += kinds.count(kind)
+            words[at + 1] += sum(compress(lengths, map(kind.__eq__, kinds)))

@@ -32,15 +32,15 @@ class Source(Protocol):
         """Count packets that end here."""
         ...
 
-    def answer(self, packets: list[Packet]) -> int:
-        """Write packets back."""
+    def answer(self, packets: list[Packet], kinds: list[int] | None = None) -> int:
+        """Write packets back, of these classes if they are known."""
         ...
 
 
 class DeviceBatch(Batch):
     """A batch that knows which buffer each packet came in, so that a crash can be told with the packet."""
 
-    __slots__ = ("_box", "_places")
+    __slots__ = ("_box", "_places", "_source")
 
     def __init__(
         self,
@@ -60,6 +60,7 @@ class DeviceBatch(Batch):
         self.at = 0
         self._drop = source.drop
         self._answer = source.answer
+        self._source = source
         self._box = source.box.words
         self._places: list[int] | None = None
 
@@ -73,9 +74,18 @@ class DeviceBatch(Batch):
 
     def take(self, indexes: Sequence[int]) -> None:
         """See `Batch.take`."""
+        if not indexes:
+            self.packets = []
+            self.headers = None if self.headers is None else []
+            self.entries = None if self.entries is None else []
+            return
         places = self._places
         self._places = list(indexes) if places is None else [places[index] for index in indexes]
         super().take(indexes)
+
+    def answer_looked(self, packets: list[Packet], kinds: list[int]) -> int:
+        """See `Batch.answer_looked`."""
+        return self._source.answer(packets, kinds)
 
     def make_plain(self) -> None:
         """For a stage that takes no segments: cut them, and finish checksums."""

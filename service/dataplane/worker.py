@@ -94,7 +94,7 @@ class Worker:
         self._notice = notice
         self._lines = lines
         self._registry = registry
-        self._ports = Ports()
+        self._ports = Ports(box)
         self._epoll = select.epoll()
         self._epoll.register(control.fileno(), select.EPOLLIN)
         self._by_fd: dict[int, Device] = {}

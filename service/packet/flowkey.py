@@ -12,6 +12,11 @@ whose value is the `Entry`. Whatever is not of that kind, or not in the dict yet
 keys, so that one flow takes a few places in the memo: one for each direction and each set of TCP flags. The memo is
 bounded: when it is full it is emptied, and every flow pays once more.
 
+Under load a batch is mostly of one kind: one IP version, one protocol, nothing behind the packets' ends. Where the
+batch lies in `Rows` that is seen in a few comparisons of octets for all packets at once, each of which says of all
+packets what `look` asks of one; then all keys are fetched at once and looked up in the same memo (`look_at_rows`). A
+batch that is not of one kind is looked at packet by packet.
+
 A flow, as a key of 40 octets (`flow_ends` takes it apart), is the same in both directions: version, protocol, and
 both ends, the lower one first. Its ports are TCP's and UDP's own; for ICMP and ICMPv6 echo both are the identifier,
 so that each ping is a flow of its own; all else has none (0). Fragments have none either, the first one included: so
@@ -21,9 +26,11 @@ difference.
 
 import struct
 from collections.abc import Sequence
-from typing import Final, Literal, NamedTuple
+from operator import attrgetter
+from typing import Any, Final, Literal, NamedTuple
 
 from service.packet.classify import CLASSES, FIRST_MALFORMED, classify, classify_frame
+from service.packet.rows import Rows
 
 Octets = bytes | bytearray | memoryview
 
@@ -47,6 +54,10 @@ _FRAME_IPV4: Final = struct.Struct(f"!12xH{_IPV4_FORMAT}")
 _FRAME_IPV6: Final = struct.Struct(f"!14x{_IPV6_FORMAT}")
 _WHOLE: Final = 0xBFFF00FF
 """Of flags, offset, TTL and protocol: all that has to be 0 but the protocol. Don't-fragment may be set."""
+
+
+ROWS_MIN: Final = 8
+"""Packets from which on looking at all at once costs less than one by one."""
 
 
 class FlowEnds(NamedTuple):
@@ -186,12 +197,57 @@ def _facts(packet: Octets, mode: Literal["tun", "tap"]) -> _Facts:
     return kind, flow, False, flow_protocol, flags, least
 
 
+_LEAST_OF: Final = attrgetter("least")
+_TCP_HEADER_MAX: Final = 60
+_NO_FRAGMENT: Final = (b"\x00\x00", b"\x40\x00")
+
+
+class _Kind(NamedTuple):
+    """What the packets of a batch may all be."""
+
+    kind: int
+    """Their class."""
+    upper: int
+    """Octets that IP carries at the least."""
+    key: str
+    """What is fetched of each to be looked up in the memo."""
+
+
+class _Version:
+    """Where the fields of an IP version lie in `rows`, and what the packets of a batch may be, by protocol."""
+
+    __slots__ = ("above", "ethertype", "flags", "header", "kinds", "protocol", "size", "total", "type")
+
+    def __init__(self, rows: Rows, version: Literal[4, 6], at: int) -> None:
+        """`at` is where the IP header begins; if that is 14, an Ethernet header is in front of it."""
+        ends, name, icmp = (12, "ipv4", "icmp") if version == 4 else (36, "ipv6", "icmpv6")
+        self.ethertype: Final = b"" if not at else b"\x08\x00" if version == 4 else b"\x86\xdd"
+        self.type: Final = rows.column(at - 2, 2) if at else None
+        self.header: Final = at + (20 if version == 4 else 40)
+        """Octets to the end of the IP header."""
+        self.total: Final = rows.column(at + (2 if version == 4 else 4), 2)
+        self.above: Final = at if version == 4 else self.header
+        """What a packet has more octets than `total` says, if there is nothing behind its end."""
+        self.flags: Final = rows.column(at + 6, 2) if version == 4 else None
+        self.protocol: Final = rows.column(at + (9 if version == 4 else 6), 1)
+        self.size: Final = rows.column(self.header + 4, 2)
+        start = f"{self.header + 4 - ends}x"
+        self.kinds: Final = {
+            17: _Kind(CLASSES.index(f"{name}.udp"), 8, f"{start}{ends}s"),
+            6: _Kind(CLASSES.index(f"{name}.tcp"), 20, f"{start}{ends}s8xH"),
+            1 if version == 4 else 58: _Kind(CLASSES.index(f"{name}.{icmp}"), 8, f"{start}{ends - 3}s3xH"),
+        }
+
+
 class Meter:
     """Looks at packets of one mode. One may serve many devices; it belongs to one thread."""
 
-    __slots__ = ("_entries", "_icmp", "_mode", "_most", "_room", "_seen", "_tcp", "_udp", "look")
+    __slots__ = (
+        "_entries", "_first", "_icmp", "_mode", "_most", "_room", "_rows", "_seen", "_tcp", "_udp", "_versions", "look"
+    )  # fmt: skip
 
-    def __init__(self, mode: Literal["tun", "tap"], entries_max: int = ENTRIES_MAX) -> None:
+    def __init__(self, mode: Literal["tun", "tap"], entries_max: int = ENTRIES_MAX, rows: Rows | None = None) -> None:
+        """`rows` is what `look_at_rows` looks at."""
         self._mode: Final = mode
         self._most: Final = entries_max
         self._room = entries_max  # looks that the memo did not know, until it is emptied
@@ -203,10 +259,73 @@ class Meter:
         self._seen: Final[dict[bytes, bytes]] = {}
         self.look: Final = self._look_at_packets if mode == "tun" else self._look_at_frames
         """Look at packets; returns an entry for each, in their order. Never raises."""
+        self._rows: Final = rows
+        if rows is not None:
+            at = 0 if mode == "tun" else 14
+            self._first: Final = rows.column(at, 1)
+            # By an IP header's first octet: IPv4 without options, IPv6 with any traffic class.
+            self._versions: Final = dict.fromkeys(range(0x60, 0x70), _Version(rows, 6, at))
+            self._versions[0x45] = _Version(rows, 4, at)
 
     def __len__(self) -> int:
         """Entries that are remembered."""
         return len(self._udp) + len(self._tcp) + len(self._icmp) + len(self._entries)
+
+    def look_at_rows(self, packets: Sequence[memoryview]) -> tuple[list[Entry], int]:
+        """Look at the packets that the rows hold, given as views, too.
+
+        Returns what `look` would, and the class that all of them are of, or -1: they may be of several.
+        """
+        if len(packets) >= ROWS_MIN:
+            found = self._look_at_all()
+            if found is not None:
+                entries, kind = found
+                if not all(entries):  # those that the memo did not know
+                    new = [index for index, entry in enumerate(entries) if entry is None]
+                    for index, entry in zip(new, self.look([packets[index] for index in new]), strict=True):
+                        entries[index] = entry
+                    kind = -1
+                return entries, kind
+        return self.look(packets), -1
+
+    def _look_at_all(self) -> tuple[list[Any], int] | None:
+        """What the memo knows of the packets, None for what it does not, and their class; None if they may differ.
+
+        What is compared here is what `look` compares. A column has all places' octets: those behind the batch are old.
+        """
+        rows = self._rows
+        assert rows is not None
+        count = len(rows.lengths)
+        first = self._first.tobytes()[:count]
+        version = self._versions.get(first[0])
+        if version is None or first.count(first[0]) != count:
+            return None
+        if version.total.tobytes()[: 2 * count] != rows.words(version.above):
+            return None
+        if version.type is not None and version.type.tobytes()[: 2 * count] != version.ethertype * count:
+            return None
+        if version.flags is not None:
+            flags = version.flags.tobytes()[: 2 * count]
+            if flags[:2] not in _NO_FRAGMENT or flags != flags[:2] * count:
+                return None
+        protocols = version.protocol.tobytes()[:count]
+        protocol = protocols[0]
+        kind = version.kinds.get(protocol)
+        if kind is None or protocols.count(protocol) != count or rows.least < version.header + kind.upper:
+            return None
+        keys = rows.fields(kind.key)
+        if protocol == 17:
+            if version.size.tobytes()[: 2 * count] != rows.words(version.header):
+                return None
+            return list(map(self._udp.get, keys)), kind.kind
+        pairs = zip(keys[::2], keys[1::2], strict=True)
+        if protocol != 6:
+            return list(map(self._icmp.get, pairs)), kind.kind
+        entries = list(map(self._tcp.get, pairs))
+        room = rows.least - version.header
+        if room < _TCP_HEADER_MAX and max(map(_LEAST_OF, filter(None, entries)), default=0) > room:
+            return None
+        return entries, kind.kind
 
     def _look_at_packets(self, packets: Sequence[memoryview]) -> list[Entry]:
         udp, tcp, icmp = self._udp.get, self._tcp.get, self._icmp.get

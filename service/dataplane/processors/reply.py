@@ -24,6 +24,7 @@ import ipaddress
 import struct
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
+from operator import attrgetter
 from typing import Any, ClassVar, Final
 
 from service.dataplane.contract import Batch, Context, Processor
@@ -33,12 +34,20 @@ from service.packet.classify import CLASSES
 from service.packet.flowkey import Entry
 from service.packet.segment import CannotCut, finish
 
-_IPV4: Final = struct.Struct("!BxH2xI2xIIHH")
-_IPV6: Final = struct.Struct("!B3xHBxQQQQHH")
+# Of a request: total length, flags to protocol (IPv6: next header), both addresses, type and code, checksum.
+_IPV4: Final = struct.Struct("!2xH2xI2x8sHH").unpack_from
+_IPV6: Final = struct.Struct("!4xHBx32sHH").unpack_from
+_TURNED_IPV4: Final = struct.Struct("!8sHH").pack_into
+_TURNED_IPV6: Final = struct.Struct("!32sHH").pack_into
 _WHOLE: Final = 0xBFFF00FF  # of flags, offset, TTL and protocol; see flowkey
 _ECHO: Final = 0x0800
 _ECHO_V6: Final = 0x8000
 _BROADCAST: Final = b"\xff" * 6
+ENDS_MAX: Final = 32_768
+"""Pairs of addresses that are remembered, some 300 octets each."""
+
+_KIND_OF: Final = attrgetter("kind")
+_ECHO_KINDS: Final = (CLASSES.index("ipv4.icmp"), CLASSES.index("ipv6.icmpv6"))
 _ANSWERED: Final = frozenset(CLASSES.index(name) for name in ("ipv4.icmp", "ipv6.icmpv6", "arp"))
 _FIGURES: Final = ("answered_icmp", "answered_icmpv6", "answered_arp", "answered_ndp", "refused")
 _REFUSED: Final = 4
@@ -73,6 +82,8 @@ class Reply(Processor):
         self._arp: Final = self._tap and "arp" in answers and bool(self._ipv4)
         self._ndp: Final = self._tap and "ndp" in answers and bool(self._ipv6)
         mac = options.get("mac")
+        self._known: Final[dict[bytes, bytes]] = {}
+        """Addresses of echo requests, source first, to those of the reply; b"" where there is none."""
         self._mac: Final = bytes.fromhex(mac.replace(":", "")) if mac else derived_mac(context.interface)
         if len(self._mac) != 6:
             raise ValueError(f"mac: {mac} is no Ethernet address")
@@ -93,12 +104,13 @@ class Reply(Processor):
         entries: list[Entry] | None = getattr(batch, "entries", None)  # a batch made by hand may have none
         if entries is None:
             return range(len(batch.packets))
-        return [index for index, entry in enumerate(entries) if entry.kind in _ANSWERED]
+        return [index for index, kind in enumerate(map(_KIND_OF, entries)) if kind in _ANSWERED]
 
     def _answer_packets(self, batch: Batch, counts: list[int]) -> None:
         """Turn all in place, then write them at once."""
         headers, packets, turn = batch.headers, batch.packets, self._turn
         answered: list[int] = []
+        kinds: list[int] = []
         for index in self._asked(batch):
             batch.at = index
             packet = packets[index]
@@ -106,18 +118,25 @@ class Reply(Processor):
                 continue
             which = turn(packet, 0)
             if which >= 0:
-                counts[which] += 1
                 answered.append(index)
+                kinds.append(which)
         if not answered:
             return
-        refused = len(answered) - batch.answer_all([packets[index] for index in answered])
+        counts[0] = kinds.count(0)
+        counts[1] = len(kinds) - counts[0]
+        if len(answered) == len(packets):
+            answers, left = packets, []
+        else:
+            gone = set(answered)
+            answers = [packets[index] for index in answered]
+            left = [index for index in range(len(packets)) if index not in gone]
+        refused = len(answered) - batch.answer_looked(answers, [_ECHO_KINDS[which] for which in kinds])
         counts[_REFUSED] = refused
         for which in (0, 1):  # the kernel does not say whose; mostly it is all or none
             fewer = min(refused, counts[which])
             counts[which] -= fewer
             refused -= fewer
-        gone = set(answered)
-        batch.take([index for index in range(len(packets)) if index not in gone])
+        batch.take(left)
 
     def _answer_frames(self, batch: Batch, counts: list[int]) -> None:
         headers, packets = batch.headers, batch.packets
@@ -139,42 +158,48 @@ class Reply(Processor):
         length = len(packet) - at
         if length < 28:
             return -1
-        if packet[at] == 0x45:
-            if not self._icmp:
+        first = packet[at]
+        if first == 0x45:
+            total, shape, ends, kind, checksum = _IPV4(packet, at)
+            if kind != _ECHO or shape & _WHOLE != 1 or not 28 <= total <= length:
                 return -1
-            _, total, shape, source, to, kind, checksum = _IPV4.unpack_from(packet, at)
-            if kind != _ECHO or shape & _WHOLE != 1 or not 28 <= total <= length or source == to:
-                return -1
-            # The first octets of no host: this network, loopback, multicast, reserved and broadcast.
-            if source >> 24 in (0, 127) or to >> 24 in (0, 127) or source >= 0xE0000000 or to >= 0xE0000000:
-                return -1
-            for base, mask in self._ipv4:
-                if to & mask == base:
-                    break
-            else:
+            turned = self._known.get(ends)
+            if turned is None:
+                turned = self._learn(ends)
+            if not turned:
                 return -1
             # HC' = HC + m - m' (RFC 1624): m is 0x0800, m' is 0. 0xFFFF is as right as 0, and right for all zeros.
             checksum += _ECHO
-            struct.pack_into("!IIHH", packet, at + 12, to, source, 0, checksum - 0xFFFF * (checksum > 0xFFFF))
+            _TURNED_IPV4(packet, at + 12, turned, 0, checksum - 0xFFFF if checksum > 0xFFFF else checksum)
             return 0
-        if packet[at] >> 4 != 6 or not self._icmpv6 or length < 48:
+        if first >> 4 != 6 or length < 48:
             return -1
-        _, total, following, high, low, to_high, to_low, kind, checksum = _IPV6.unpack_from(packet, at)
+        total, following, ends, kind, checksum = _IPV6(packet, at)
         if kind != _ECHO_V6 or following != 58 or not 8 <= total <= length - 40:
             return -1
-        if not _host_v6(high, low) or not _host_v6(to_high, to_low) or (high == to_high and low == to_low):
-            return -1
-        address = to_high << 64 | to_low
-        for base, mask in self._ipv6:
-            if address & mask == base:
-                break
-        else:
+        turned = self._known.get(ends)
+        if turned is None:
+            turned = self._learn(ends)
+        if not turned:
             return -1
         checksum += 0xFFFF - 0x0100  # m is 0x8000, m' is 0x8100
-        struct.pack_into(
-            "!QQQQHH", packet, at + 8, to_high, to_low, high, low, 0x8100, checksum - 0xFFFF * (checksum > 0xFFFF)
-        )
+        _TURNED_IPV6(packet, at + 8, turned, 0x8100, checksum - 0xFFFF if checksum > 0xFFFF else checksum)
         return 1
+
+    def _learn(self, ends: bytes) -> bytes:
+        """Work out what the addresses of a request's reply are, source first, and remember it; b"" for no reply."""
+        if len(self._known) >= ENDS_MAX:
+            self._known.clear()
+        half = len(ends) // 2
+        source, to = ends[:half], ends[half:]
+        if half == 4:
+            answers = self._icmp and _is_host_v4(source) and _is_host_v4(to)
+            answers = answers and self._is_ours_v4(int.from_bytes(to, "big"))
+        else:
+            answers = self._icmpv6 and _is_host_v6(source) and _is_host_v6(to)
+            answers = answers and self._is_ours_v6(int.from_bytes(to, "big"))
+        turned = self._known[ends] = to + source if answers and source != to else b""
+        return turned
 
     def _is_ours_v6(self, address: int) -> bool:
         return any(address & mask == base for base, mask in self._ipv6)
@@ -230,9 +255,8 @@ class Reply(Processor):
         source, to, target = (bytes(frame[at + start : at + start + 16]) for start in (8, 24, 48))
         if to != bytes.fromhex("ff0200000000000000000001ff") + target[13:] and to != target:
             return -1
-        high, low = struct.unpack("!QQ", source)
         asked = int.from_bytes(target, "big")
-        if not _host_v6(high, low) or not _host_v6(asked >> 64, asked & (1 << 64) - 1) or source == target:
+        if not _is_host_v6(source) or not _is_host_v6(target) or source == target:
             return -1
         if not self._is_ours_v6(asked):
             return -1
@@ -242,9 +266,14 @@ class Reply(Processor):
         return 3 if batch.answer(_frame(frame, at, self._mac, reply)) else 4
 
 
-def _host_v6(high: int, low: int) -> bool:
+def _is_host_v4(address: bytes) -> bool:
+    """Neither of this network, nor loopback, multicast, reserved or broadcast."""
+    return address[0] not in (0, 127) and address[0] < 0xE0
+
+
+def _is_host_v6(address: bytes) -> bool:
     """Neither multicast, nor loopback, nor unspecified."""
-    return high >> 56 != 0xFF and not (high == 0 and low in (0, 1))
+    return address[0] != 0xFF and int.from_bytes(address, "big") > 1
 
 
 def _frame(frame: memoryview, at: int, mac: bytes, packet: bytes) -> bytes:

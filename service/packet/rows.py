@@ -1,0 +1,92 @@
+"""Packets that lie in one memory at one stride, as a worker reads a batch: views of them, and fields of all at once.
+
+A Python step for each packet costs what a C step for a whole batch does. Here is what takes a batch in one step: what a
+field means, and which fields there are, `flowkey` knows; who reads into the memory, `dataplane.blackbox`.
+
+Theory of operation. A memoryview with a step is a field of every packet (`column`), and its octets, side by side, can
+be compared with those that are expected in one memcmp. A struct whose padding is the stride takes keys out of all
+packets in one call (`fields`). Batches under load mostly have the lengths of the batch before them: views, sums and
+expected octets are made when the lengths change, and kept until then.
+"""
+
+import struct
+import sys
+from array import array
+from itertools import repeat
+from operator import sub
+from typing import Any, Final
+
+
+class Rows:
+    """The places of up to `most` packets. What `hold` was told last is what the rest is about."""
+
+    __slots__ = ("_memory", "_most", "_stride", "_structs", "_views", "_words", "least", "lengths", "octets", "places")
+
+    def __init__(self, memory: memoryview, stride: int, most: int) -> None:
+        """Take `memory` (format "B"), whose first packet begins at 0; `stride` is a multiple of 4."""
+        self._memory: Final = memory[: stride * most]
+        self._stride: Final = stride
+        self._most: Final = most
+        self.places: Final = [memory[start : start + stride] for start in range(0, stride * most, stride)]
+        self._structs: Final[dict[tuple[str, int], struct.Struct]] = {}
+        self._views: list[memoryview] = []
+        self._words: dict[int, bytes | None] = {}
+        self.lengths: list[int] = []
+        """Of the packets."""
+        self.least = 0
+        """The shortest of them."""
+        self.octets = 0
+        """Their sum."""
+
+    def hold(self, lengths: list[int]) -> bool:
+        """Say how long the packets are that lie in the first places, one at least; return whether that is new."""
+        if lengths == self.lengths:
+            return False
+        self.lengths = lengths
+        self.least = min(lengths)
+        self.octets = sum(lengths)
+        self._words = {}
+        if lengths[0] == self.least and self.octets == self.least * len(lengths):
+            whole = slice(self.least)
+            self._views = [place[whole] for place in self.places[: len(lengths)]]
+        else:
+            self._views = [place[:length] for place, length in zip(self.places, lengths, strict=False)]
+        return True
+
+    def forget(self) -> None:
+        """The views may be of no use any more: somebody else had them in hand."""
+        self.lengths = []
+
+    def views(self) -> list[memoryview]:
+        """The packets, in a list of the caller's own."""
+        return self._views[:]
+
+    def words(self, less: int) -> bytes | None:
+        """Every length less `less`, as 16-bit words in network order, side by side; None where one does not fit."""
+        try:
+            return self._words[less]
+        except KeyError:
+            found = self._words[less] = self._make_words(less)
+            return found
+
+    def _make_words(self, less: int) -> bytes | None:
+        if self.least < less or max(self.lengths) - less > 0xFFFF:
+            return None
+        words = array("H", map(sub, self.lengths, repeat(less)))
+        if sys.byteorder == "little":
+            words.byteswap()
+        return words.tobytes()
+
+    def column(self, at: int, size: int) -> memoryview:
+        """A field of 1, 2 or 4 octets that begins `at` octets behind the beginning of every packet, of all places."""
+        whole = self._memory[at:]
+        return whole[: len(whole) // size * size].cast(" BH I"[size])[:: self._stride // size]
+
+    def fields(self, form: str) -> tuple[Any, ...]:
+        """The fields that `form` takes out of a packet, those of all packets in one row; a struct's format."""
+        count = len(self.lengths)
+        found = self._structs.get((form, count))
+        if found is None:
+            gap = self._stride - struct.calcsize("!" + form)
+            found = self._structs[form, count] = struct.Struct("!" + f"{form}{gap}x" * (count - 1) + form)
+        return found.unpack_from(self._memory)
