@@ -165,7 +165,7 @@ class LogWriter:
     ) -> None:
         self._path, self._node, self._now = path, node, now
         self._on_recorded, self._on_broken = on_recorded, on_broken
-        self._queue: queue.Queue[_Append | _Run | _Stop] = queue.Queue(QUEUE_MAX)
+        self._queue: queue.SimpleQueue[_Append | _Run | _Stop] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="log-writer", daemon=True)
         self._versions: OrderedDict[str, int] = OrderedDict()
         self._position, self._head = 0, codec.GENESIS
@@ -179,7 +179,8 @@ class LogWriter:
         self._checkpoint_at = CHECKPOINT_FRAMES
         self._committing = False
         self._closed = False
-        self._gate = threading.Lock()  # between `close` and the last request: none may queue behind the stop
+        # Between `close` and the last request: none may queue behind the stop. And between all that put: it is bounded.
+        self._gate = threading.Lock()
         self._engine = open_writer(path)
         self._connection: sa.Connection | None = None
 
@@ -258,12 +259,11 @@ class LogWriter:
         with self._gate:
             if self._closed:
                 raise TunledgerError(ErrorCode.SHUTTING_DOWN, "the service is stopping", retry=True)
-            try:
-                self._queue.put_nowait(request)
-            except queue.Full:
+            if self._queue.qsize() >= QUEUE_MAX:
                 raise TunledgerError(
                     ErrorCode.OVERLOADED, f"{QUEUE_MAX} writes are waiting for the disk; try again", retry=True
-                ) from None
+                )
+            self._queue.put(request)
 
     def _work(self) -> None:
         stopping = False
