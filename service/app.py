@@ -39,6 +39,7 @@ from service.kernel.peer import Asker
 from service.plane import Plane, trim
 from service.reconcile.answer import Finished
 from service.reconcile.applier import Applier
+from service.reconcile.applying import Remover
 from service.reconcile.captures import Captures
 from service.reconcile.engine import Engine
 from service.reconcile.feed import Feed
@@ -338,6 +339,8 @@ class _Service:
         applier = Applier()
         monitor = Monitor(on_news, cares=is_wanted)
         kernel = host_kernel(vouched=monitor.vouches, attend=monitor.attend)
+        remover = Applier("kernel-remover")
+        removing = host_kernel(vouched=monitor.vouches, attend=monitor.attend)
         engine = Engine(
             node=opened.node,
             state=opened.log.past.state,
@@ -354,6 +357,7 @@ class _Service:
             frozen=opened.frozen,
             obstacle=lacks_net_admin,
             processors=processors,
+            remover=Remover(remover, Hands(removing, Workers(supervisor), monitor)),
             keeper=CounterKeeper(
                 interval_s=self._config.counters.interval_s,
                 raw_s=self._config.counters.raw_s,
@@ -378,6 +382,7 @@ class _Service:
                 failpoints.reach("app.writer.started")
             monitor.start()
             applier.start()
+            remover.start()
             try:
                 await workers
             except (DataplaneError, OSError) as error:
@@ -390,9 +395,11 @@ class _Service:
             await asyncio.wait([workers])
             await asyncio.to_thread(supervisor.close)
             failpoints.reach("app.close.workers")
+            await asyncio.to_thread(remover.close)
             await asyncio.to_thread(applier.close)
             await asyncio.to_thread(monitor.close)
             kernel.close()
+            removing.close()
             self._asker.close()
             if self._auditor is not None:
                 await asyncio.to_thread(self._auditor.close)

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1 connection, with head and body of an answer in one system call.
+"""uvicorn's HTTP/1.1 connection, with head and body of an answer in one system call, and room for what is known of it.
 
 uvicorn writes them one after the other, and asyncio sends each write at once. On the event loop's thread a system call
 costs more than itself: other threads take the interpreter meanwhile. Nothing of HTTP is decided here.
@@ -16,7 +16,8 @@ class Connection(HttpToolsProtocol):
     """Give it to `uvicorn.Config` as `http`."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
-        """A client is there."""
+        """A client is there. Its requests share `scope["state"]["connection"]`."""
+        self.app_state = {**self.app_state, "connection": {}}
         super().connection_made(cast("asyncio.Transport", _Joined(transport, self.loop)))
 
     def on_response_complete(self) -> None:

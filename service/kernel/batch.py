@@ -123,7 +123,7 @@ class Batch:
                 tundev.set_owner(fd, step.owner)
             if step.group is not None:
                 tundev.set_group(fd, step.group)
-            member.ifindex = attached_index(self._route, fd)
+            member.ifindex = attached_index(self._route, fd, step.name)
         except CAUGHT as error:
             _fail(member, error)
 
@@ -198,8 +198,10 @@ class Batch:
 
     def _gather(self, leaving: dict[int, Member], left: list[Member], homes: dict[int, int]) -> int:
         """Have the links that bear their token in a group of their own, as far as the kernel tells. Gives the group."""
-        links = self._all_links()
-        used = {link.link_group for link in links.values()}
+        used: set[int] = set()
+        for data, start, stop in self._dump():
+            used |= netlink.possible_groups(data, start, stop)
+        links = self._links(leaving)
         chosen = self._choose(st.REMOVAL_GROUPS)
         around = itertools.chain(range(chosen, st.REMOVAL_GROUPS.stop), st.REMOVAL_GROUPS)
         group = next((group for group in around if group not in used), 0)
@@ -222,7 +224,8 @@ class Batch:
     def _is_ours_alone(self, group: int, leaving: dict[int, Member], left: list[Member]) -> bool:
         """Whether all in the group are links of ours that are to leave. Whoever lost the token meanwhile stays in it,
         and the group with them, until they are sent home."""
-        inside = {index: link for index, link in self._all_links().items() if link.link_group == group}
+        maybe = [message for message in self._dump() if group in netlink.possible_groups(*message)]
+        inside = {link.ifindex: link for link in (_read(*message) for message in maybe) if link.link_group == group}
         for ifindex, member in list(leaving.items()):
             link = inside.get(ifindex)
             if link is None:  # gone, or somebody took it out of the group
@@ -242,10 +245,19 @@ class Batch:
                     messages.append(_group_message(ifindex, homes[ifindex]))
         self._route.change_many(messages)  # one that fails is gone, or found by the next look at our links
 
-    def _all_links(self) -> dict[int, Mark]:
-        found = self._route.dump(netlink.RTM_GETLINK, netlink.link_request())
-        links = [_read(*message) for message in found]
-        return {link.ifindex: link for link in links}
+    def _dump(self) -> list[tuple[bytes, int, int]]:
+        return self._route.dump(netlink.RTM_GETLINK, netlink.link_request())
+
+    def _links(self, indexes: Collection[int]) -> dict[int, Mark]:
+        """Those of these links that are there."""
+        requests = [netlink.link_request(ifindex=ifindex) for ifindex in indexes]
+        found: dict[int, Mark] = {}
+        for ifindex, body in zip(indexes, self._route.get_many(netlink.RTM_GETLINK, requests), strict=True):
+            if isinstance(body, NetlinkError):
+                raise body
+            if body is not None:
+                found[ifindex] = _read(body)
+        return found
 
     # -- change
 
@@ -391,8 +403,17 @@ def attach_present(
     return fd
 
 
-def attached_index(route: netlink.RouteSocket, fd: int) -> int:
-    """The ifindex of the device behind a descriptor. No ioctl tells it: by the name, if that is the same afterwards."""
+def attached_index(route: netlink.RouteSocket, fd: int, attached_as: str | None = None) -> int:
+    """The ifindex of the device behind a descriptor. No ioctl tells it: by the name, if that is the same afterwards.
+
+    Args:
+        attached_as: the name that it had just now, if that is known.
+    """
+    if attached_as is not None:
+        with contextlib.suppress(OSError):
+            ifindex = route.index_of(attached_as)
+            if tundev.attached_name(fd) == attached_as:
+                return ifindex
     name = tundev.attached_name(fd)
     ifindex = route.index_of(name)
     if tundev.attached_name(fd) != name:

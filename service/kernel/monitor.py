@@ -393,30 +393,10 @@ def _known(watched: _Watched, kind: int, data: bytes | memoryview, start: int, s
     return (address in watched.addresses) == (not kernel_made)
 
 
-class _IoVec(ctypes.Structure):
-    """struct iovec, recvmsg(2)."""
-
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
-class _MsgHdr(ctypes.Structure):
-    """struct msghdr, recvmsg(2)."""
-
-    _fields_ = (
-        ("name", ctypes.c_void_p),
-        ("name_length", ctypes.c_uint),
-        ("vectors", ctypes.c_void_p),
-        ("vectors_count", ctypes.c_size_t),
-        ("control", ctypes.c_void_p),
-        ("control_length", ctypes.c_size_t),
-        ("flags", ctypes.c_int),
-    )
-
-
 class _MmsgHdr(ctypes.Structure):
     """struct mmsghdr, recvmmsg(2)."""
 
-    _fields_ = (("header", _MsgHdr), ("received", ctypes.c_uint))
+    _fields_ = (("header", netlink.MsgHdr), ("received", ctypes.c_uint))
 
 
 class _Room:
@@ -428,12 +408,12 @@ class _Room:
         room = bytearray(self.DATAGRAMS * self.DATAGRAM_BYTES)
         self.data = memoryview(room)
         base = ctypes.addressof(ctypes.c_char.from_buffer(room))
-        self._vectors = (_IoVec * self.DATAGRAMS)()
+        self._vectors = (netlink.IoVec * self.DATAGRAMS)()
         self.headers = (_MmsgHdr * self.DATAGRAMS)()
         for i in range(self.DATAGRAMS):
             self._vectors[i].base = base + i * self.DATAGRAM_BYTES
             self._vectors[i].length = self.DATAGRAM_BYTES
-            self.headers[i].header.vectors = ctypes.addressof(self._vectors) + i * ctypes.sizeof(_IoVec)
+            self.headers[i].header.vectors = ctypes.addressof(self._vectors) + i * ctypes.sizeof(netlink.IoVec)
             self.headers[i].header.vectors_count = 1
 
     def messages(self, count: int) -> Iterator[tuple[int, int, int]]:

@@ -1,6 +1,7 @@
-"""The kernel's one applier: a thread that does blocking work on the host.
+"""The kernel's applier: a thread that does blocking work on the host.
 
-One thread, so that no two converge at the same link at once, and the event loop never waits on netlink. Work of one
+Whoever gives it work holds the locks of the names that it is about, so that no two converge at the same link at once;
+and the event loop never waits on netlink. Work of one
 kind that waits together is done together: everything queued is taken, and what was queued with the same `together`
 is handed over in one call, each caller getting the result of its own. So commands of many clients are one netlink
 batch, without any of them knowing of the others.
@@ -33,13 +34,14 @@ class _Queued:
 
 
 class Applier:
-    """Start it with `start`; `run` and `join` may be called from any thread."""
+    """Start it with `start`; `run` and `join` may be called from any thread. `name` is the thread's."""
 
-    def __init__(self) -> None:
-        self._queue: queue.Queue[_Queued | None] = queue.Queue(QUEUE_MAX)
-        self._thread = threading.Thread(target=self._work, name="kernel-applier", daemon=True)
+    def __init__(self, name: str = "kernel-applier") -> None:
+        self._queue: queue.SimpleQueue[_Queued | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._closed = False
-        self._gate = threading.Lock()  # between `close` and the last job: none may queue behind the stop
+        # Between `close` and the last job: none may queue behind the stop. And between all that put: it is bounded.
+        self._gate = threading.Lock()
 
     def start(self) -> None:
         """Start the thread, in the network namespace of the caller's."""
@@ -64,12 +66,11 @@ class Applier:
         with self._gate:
             if self._closed:
                 raise TunledgerError(ErrorCode.SHUTTING_DOWN, "the service is stopping", retry=True)
-            try:
-                self._queue.put_nowait(queued)
-            except queue.Full:
+            if self._queue.qsize() >= QUEUE_MAX:
                 raise TunledgerError(
                     ErrorCode.OVERLOADED, f"{QUEUE_MAX} jobs are waiting for the kernel; try again", retry=True
-                ) from None
+                )
+            self._queue.put(queued)
         return queued.done
 
     def close(self) -> None:

@@ -1,10 +1,13 @@
-"""What the engine has done on the host: each in the applier's thread, and awaited here.
+"""What the engine has done on the host: in the applier's thread or the remover's, and awaited here.
 
-Commands that wait at the same time are surveyed for in one look and converged in one batch. How that is done is
-`converge`'s; what is to be done, and what of it is recorded, does not belong in here either.
+Commands that wait at the same time are surveyed for in one look and converged in one batch, those that remove one
+interface in another. How that is done is `converge`'s; what is to be done, and what of it is recorded, does not belong
+in here either.
 """
 
+import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import EllipsisType
 from typing import TypeVar
 
@@ -24,17 +27,46 @@ Survey = tuple[tuple[str, ...], bool]  # keys of links, and whether the networks
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class Remover:
+    """A second applier, with hands of its own, for interfaces that are to go: the kernel lets a link go only when no
+    processor can be using it any more (synchronize_net in net/core/dev.c, some 20 ms), and others need not wait for it.
+
+    What is removed has its name's lock held, so nobody else has anything to do with it meanwhile.
+    """
+
+    applier: Applier
+    hands: Hands
+
+
 class Applying:
     """For the event loop's thread. What goes wrong is a TunledgerError."""
 
-    def __init__(self, *, node: NodeId, applier: Applier, hands: Hands, crossing: Crossing) -> None:
+    def __init__(
+        self, *, node: NodeId, applier: Applier, hands: Hands, crossing: Crossing, remover: "Remover | None" = None
+    ) -> None:
         self.hands = hands
+        self._remover = remover
+        self._removing = threading.Lock()
         self._node, self._applier, self._crossing = node, applier, crossing
         self._formerly: dict[InterfaceId, frozenset[str | None]] = {}
 
     async def run(self, job: Callable[[], T]) -> T:
         """Do something in the applier's thread."""
         return await self._crossing.result(self._applier.run(job))
+
+    async def run_alone(self, job: Callable[[], T]) -> T:
+        """The same for a look at everything: not beside a removal.
+
+        What a removal came to could be known before what was seen ahead of it: a link seen with a token that nothing
+        declares any more would be an orphan, and counters that are behind its last ones those of another life.
+        """
+
+        def alone() -> T:
+            with self._removing:
+                return job()
+
+        return await self.run(alone)
 
     def wanted(
         self,
@@ -79,6 +111,8 @@ class Applying:
             if each.formerly:  # from now on it may have left something there
                 self._formerly[each.id] = self.formerly(each.id) | each.formerly | {each.netns}
         try:
+            if self._remover is not None and len(wanted) == 1 and wanted[0].spec is None:
+                return await self._crossing.result(self._remover.applier.join(self._remove_each, wanted))
             return await self._crossing.result(self._applier.join(self._converge_each, wanted))
         except TunledgerError as error:
             return [Result(each, error=error) for each in wanted]
@@ -86,6 +120,12 @@ class Applying:
     def _converge_each(self, orders: Sequence[Sequence[Wanted]]) -> list[list[Result]]:
         """In the applier's thread: all that wait as one batch."""
         return converge_each(self.hands, orders)
+
+    def _remove_each(self, orders: Sequence[Sequence[Wanted]]) -> list[list[Result]]:
+        """In the remover's thread: all that wait as one batch."""
+        assert self._remover is not None
+        with self._removing:
+            return converge_each(self._remover.hands, orders)
 
     async def inspect(self, wanted: Sequence[Wanted]) -> list[Result]:
         """What differs of these interfaces now."""
@@ -102,7 +142,7 @@ class Applying:
             seen = sights(wanted, observed, self.hands.dataplane.attached(), self.hands.monitor)
             return observed, compare(self.hands, mark, wanted, seen)
 
-        return await self.run(look_at_all)
+        return await self.run_alone(look_at_all)
 
     async def observe(self, interfaces: Sequence[Interface]) -> dict[InterfaceId, Sight]:
         """What there is of these interfaces now."""

@@ -39,7 +39,7 @@ from service.domain.token import Token
 from service.domain.values import CommandId, InterfaceId, InterfaceName, NodeId, parse_netns
 from service.reconcile.answer import Answer, Clock, Preview, Renderer
 from service.reconcile.applier import Applier
-from service.reconcile.applying import Applying
+from service.reconcile.applying import Applying, Remover
 from service.reconcile.converge import converge, look
 from service.reconcile.counting import Counting
 from service.reconcile.crossing import Crossing
@@ -76,6 +76,7 @@ class Engine:
         frozen: why nothing may be changed (an unreadable or unverifiable log), or None.
         obstacle: what keeps this process from changing the host now, in words, or None.
         keeper: stores counters; by default one with the default intervals.
+        remover: removes single interfaces; without one, the applier does.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Engine:
         obstacle: Callable[[], str | None] = lambda: None,
         keeper: CounterKeeper | None = None,
         processors: Collection[str] = (),
+        remover: Remover | None = None,
     ) -> None:
         self.node, self.state = node, state
         self._writer, self._hands = writer, hands
@@ -107,7 +109,7 @@ class Engine:
         self._journal = Journal(
             node=node, state=state, writer=writer, clock=clock, crossing=self._crossing, frozen=frozen
         )
-        self._applying = Applying(node=node, applier=applier, hands=hands, crossing=self._crossing)
+        self._applying = Applying(node=node, applier=applier, hands=hands, crossing=self._crossing, remover=remover)
         self._keys = Keys(recall, self._spawn)
         self._counting = Counting(
             node=node,
@@ -117,7 +119,7 @@ class Engine:
             hands=hands,
             writer=writer,
             clock=clock,
-            apply=self._applying.run,
+            apply=self._applying.run_alone,
         )
         self.troubles = Troubles()
         self._wakeups = Wakeups(journal=self._journal, applying=self._applying, troubles=self.troubles)

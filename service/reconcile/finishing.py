@@ -230,9 +230,9 @@ def _outcome(result: Result, failed: Result | None, by: ev.FinishedBy, took_us: 
 
 
 def _together(jobs: Sequence[Job]) -> Job | None:
-    """Several jobs as one."""
-    if not jobs:
-        return None
+    """Several jobs as one; a job alone stays what it is, and can be joined with those of others."""
+    if len(jobs) < 2:
+        return jobs[0] if jobs else None
 
     def write(connection: Any) -> None:
         for job in jobs:

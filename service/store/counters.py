@@ -9,7 +9,7 @@ waits for one of them at most. What rows mean and how they are merged is `servic
 
 import datetime
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +44,7 @@ from service.domain.series import (
 from service.domain.values import InterfaceId, InterfaceName
 from service.store import schema
 from service.store.database import UNREADABLE, open_reader, unreadable
+from service.store.rows import insert as write_rows
 from service.store.writer import Job
 
 BITE_ROWS = 1000  # rows that one job rolls up or thins, if the samples are not larger still: some 10 ms
@@ -55,6 +56,9 @@ LOOK_BACK_MS = 6 * HOUR_MS  # for the sample before a range, when rolling up is 
 INTEGER_MAX = 2**63 - 1  # SQLite's; 9.2 exabytes, where a total stops
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
+Incarnation = tuple[str, ...]  # a row of counter_incarnations, without its id
+Totals = tuple[InterfaceId, Figures, Classes]
+
 _RAW = msgspec.json.Decoder(dict[str, int])
 _CLASSES = msgspec.json.Decoder(dict[str, tuple[int, int]])
 _MISSED = msgspec.json.Decoder(tuple[int, ...])
@@ -62,16 +66,15 @@ _encode = msgspec.json.encode
 
 _TABLE = {tier: f"counter_{tier.name.lower()}" for tier in Tier}
 _COLUMNS = ", ".join(column.name for column in schema.counter_raw.columns)
-_MARKS = ", ".join("?" * len(schema.counter_raw.columns))
 _FIRST = 3  # columns before the figures
 _LAST = _FIRST + len(NONE)
 
-_UPSERT_INCARNATION = """
-    INSERT INTO counter_incarnations (interface_id, source, key, opened_at, sampled_at, raw) VALUES (?, ?, ?, ?, ?, ?)
-    ON CONFLICT (interface_id, source, key) DO UPDATE SET sampled_at = excluded.sampled_at, raw = excluded.raw
-"""
+_INSERT_INCARNATION = "INSERT INTO counter_incarnations (interface_id, source, key, opened_at, sampled_at, raw)"
+_OR_UPDATE = (
+    "ON CONFLICT (interface_id, source, key) DO UPDATE SET sampled_at = excluded.sampled_at, raw = excluded.raw"
+)
 # OR REPLACE: a row that is there already must not stop the log's writer.
-_INSERT = {tier: f"INSERT OR REPLACE INTO {name} ({_COLUMNS}) VALUES ({_MARKS})" for tier, name in _TABLE.items()}
+_INSERT_ROWS = {tier: f"INSERT OR REPLACE INTO {name} ({_COLUMNS})" for tier, name in _TABLE.items()}
 # The times in (?1, ?2], found by skipping from each to the next: a step costs one look into the tree.
 _TIMES = {
     tier: f"""
@@ -129,6 +132,26 @@ def load(path: Path) -> Book:
     return book
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The job that writes one sample. Several that come together are written as one: a delete brings one each."""
+
+    kind: Callable[[sa.Connection, Sequence[Incarnation], Sequence[Totals], str], None]
+    incarnations: Sequence[Incarnation]
+    figures: Sequence[Totals]
+    now: str
+
+    def joined(self, samples: "Sequence[Sample]") -> "Sample":
+        """All of these, at the time of the last."""
+        incarnations = [each for sample in samples for each in sample.incarnations]
+        figures = {each[0]: each for sample in samples for each in sample.figures}
+        return Sample(self.kind, incarnations, list(figures.values()), self.now)
+
+    def __call__(self, connection: sa.Connection) -> None:
+        """Write it."""
+        self.kind(connection, self.incarnations, self.figures, self.now)
+
+
 class CounterKeeper:
     """Makes the jobs that write counters. One for a database; its jobs run in the writer's thread, in order.
 
@@ -173,7 +196,7 @@ class CounterKeeper:
         """
         incarnations = [(r.interface_id, r.source.value, r.key, now, now, _encode(r.raw).decode()) for r in readings]
         figures = [(interface_id, *figures_of(each)) for interface_id, each in totals.items()]
-        return partial(self._store, incarnations, figures, now)
+        return Sample(self._store, incarnations, figures, now)
 
     def tend(self, now: str) -> tuple[Job, ...]:
         """The jobs that roll up and thin, a bite each; to be run after every sample, each by itself.
@@ -191,10 +214,10 @@ class CounterKeeper:
 
     def _store(
         self,
-        incarnations: Sequence[tuple[str, ...]],
-        figures: Sequence[tuple[InterfaceId, Figures, Classes]],
-        now: str,
         connection: sa.Connection,
+        incarnations: Sequence[Incarnation],
+        figures: Sequence[Totals],
+        now: str,
     ) -> None:
         failpoints.reach("store.sample.before", fails=True)
         progress = connection.exec_driver_sql("SELECT sequence, last_at, minutes_at FROM counter_progress").one()
@@ -204,13 +227,11 @@ class CounterKeeper:
         behind = max(progress.last_at, progress.minutes_at) - milliseconds(now)
         late = behind >= LATE_MS
         rows = [] if late else self._rows(figures, milliseconds(now) + max(0, behind + 1), connection, back=behind > 0)
-        if incarnations:
-            connection.exec_driver_sql(_UPSERT_INCARNATION, list(incarnations))
+        write_rows(connection, _INSERT_INCARNATION, incarnations, _OR_UPDATE)
         if late:
             self._went_back = True
             return
-        if rows:
-            connection.exec_driver_sql(_INSERT[Tier.RAW], rows)
+        write_rows(connection, _INSERT_ROWS[Tier.RAW], rows)
         self._sampled, self._went_back = max(self._sampled, len(rows)), False
         self._sequence = progress.sequence + 1
         connection.exec_driver_sql(
@@ -229,18 +250,26 @@ class CounterKeeper:
     ) -> list[tuple[Any, ...]]:
         rows = []
         whole = back or self._went_back
+        self._recall([interface_id for interface_id, _now, _classes in figures], at, connection)
         if len(self._last) > REMEMBERED_MAX:
             self._last.clear()
             self._numbers.clear()
         for interface_id, now, classes in figures:
-            previous = self._last.get(interface_id) or _stored(connection, interface_id)
+            previous = self._last.get(interface_id)
             row = sample_row(previous, at, now, classes, interval_ms=self._interval_ms, whole=whole)
-            number = self._numbers.get(interface_id)
-            if number is None:
-                number = self._numbers[interface_id] = _number(connection, interface_id, at)
-            rows.append(_values(row, number))
+            rows.append(_values(row, self._numbers[interface_id]))
             self._last[interface_id] = row if not classes else Row(at, at, now, classes=classes)
         return rows
+
+    def _recall(self, interfaces: Sequence[InterfaceId], at: int, connection: sa.Connection) -> None:
+        """Ask for what is not remembered of these interfaces, and give numbers to those that have none."""
+        unknown = [each for each in interfaces if each not in self._last]
+        self._last |= _stored(connection, unknown)
+        unknown = [each for each in interfaces if each not in self._numbers]
+        self._numbers |= _numbers(connection, unknown)
+        new = [(each, at) for each in unknown if each not in self._numbers]
+        write_rows(connection, "INSERT INTO counter_interfaces (interface_id, first_at)", new)
+        self._numbers |= _numbers(connection, [each for each, _at in new])
 
     # -- bites
 
@@ -299,8 +328,7 @@ class CounterKeeper:
             for number, rows in sorted(by_interface.items())
             if whole_upto is None or number <= whole_upto
         ]
-        if merged:
-            connection.exec_driver_sql(_INSERT[target], merged)
+        write_rows(connection, _INSERT_ROWS[target], merged)
         return max(1, read), whole_upto or 0
 
     def _thin(self, now: int, connection: sa.Connection) -> None:
@@ -358,7 +386,7 @@ class CounterReader:
     def present(self, interface_id: InterfaceId) -> Present | None:
         """The last totals; None if it was never sampled."""
         with self._snapshot() as connection:
-            found = _totals(connection, interface_id)
+            found = _totals(connection, [interface_id]).get(interface_id)
         return None if found is None else Present(found[1], found[0])
 
     def series(self, interface_id: InterfaceId, after: int, upto: int, step_ms: int | None) -> list[Point]:
@@ -435,41 +463,52 @@ def _too_many() -> TunledgerError:
     )
 
 
-def _totals(connection: sa.Connection, interface_id: InterfaceId) -> tuple[dict[str, dict[str, int]], str] | None:
-    """The sums over an interface's incarnations by source and name, and when it was last sampled."""
-    totals: dict[str, dict[str, int]] = {source.value: {} for source in Source}
-    sampled_at = ""
-    for source, at, raw in connection.exec_driver_sql(
-        "SELECT source, sampled_at, raw FROM counter_incarnations WHERE interface_id = ?", (interface_id,)
+def _totals(
+    connection: sa.Connection, interfaces: Sequence[InterfaceId]
+) -> dict[InterfaceId, tuple[dict[str, dict[str, int]], str]]:
+    """The sums over the incarnations of interfaces by source and name, and when each was last sampled, where it was.
+
+    A row that says nothing raises ValueError (msgspec's are that too).
+    """
+    found: dict[InterfaceId, tuple[dict[str, dict[str, int]], str]] = {}
+    for interface_id, source, at, raw in _of_each(
+        connection, "SELECT interface_id, source, sampled_at, raw FROM counter_incarnations", interfaces
     ):
-        sampled_at = max(sampled_at, at)
+        totals, sampled_at = found.get(interface_id) or ({source.value: {} for source in Source}, "")
+        found[interface_id] = totals, max(sampled_at, at)
         figures = totals[source]
         for name, value in _RAW.decode(raw).items():
             figures[name] = figures.get(name, 0) + value
-    return (totals, sampled_at) if sampled_at else None
+    return found
 
 
-def _stored(connection: sa.Connection, interface_id: InterfaceId) -> Row | None:
-    """The last sample of an interface from its incarnations. Without classes: the next row then has all of them."""
+def _stored(connection: sa.Connection, interfaces: Sequence[InterfaceId]) -> dict[InterfaceId, Row]:
+    """The last samples of interfaces from their incarnations. Without classes: the next rows then have all of them."""
+    found: dict[InterfaceId, Row] = {}
     try:
-        found = _totals(connection, interface_id)
-        if found is None:
-            return None
-        at = milliseconds(found[1])
+        for interface_id, (totals, sampled_at) in _totals(connection, interfaces).items():
+            at = milliseconds(sampled_at)
+            found[interface_id] = Row(at, at, figures_of(totals)[0])
     except (msgspec.MsgspecError, ValueError):
-        return None  # a row that says nothing: `load` tells of it; the log's writer must not stop for it
-    return Row(at, at, figures_of(found[0])[0])
+        if len(interfaces) == 1:
+            return {}  # a row that says nothing: `load` tells of it; the log's writer must not stop for it
+        for each in interfaces:
+            found |= _stored(connection, [each])
+    return found
 
 
-def _number(connection: sa.Connection, interface_id: InterfaceId, at: int) -> int:
-    query = "SELECT number FROM counter_interfaces WHERE interface_id = ?"
-    known: int | None = connection.exec_driver_sql(query, (interface_id,)).scalar()
-    if known is not None:
-        return known
-    new: int = connection.exec_driver_sql(
-        "INSERT INTO counter_interfaces (interface_id, first_at) VALUES (?, ?) RETURNING number", (interface_id, at)
-    ).scalar_one()
-    return new
+def _numbers(connection: sa.Connection, interfaces: Sequence[InterfaceId]) -> dict[InterfaceId, int]:
+    """The numbers of those interfaces that have one."""
+    query = "SELECT interface_id, number FROM counter_interfaces"
+    return {InterfaceId(each): number for each, number in _of_each(connection, query, interfaces)}
+
+
+def _of_each(connection: sa.Connection, query: str, interfaces: Sequence[InterfaceId]) -> Sequence[Any]:
+    """What a query has of some interfaces."""
+    if not interfaces:
+        return []
+    asked = f"{query} WHERE interface_id IN (SELECT value FROM json_each(?))"
+    return connection.exec_driver_sql(asked, (_encode(interfaces).decode(),)).all()
 
 
 def _values(row: Row, number: int) -> tuple[Any, ...]:

@@ -19,21 +19,21 @@ import sqlite3
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import msgspec
 import sqlalchemy as sa
-from sqlalchemy.dialects import sqlite
 
 from service import failpoints
 from service.domain import events as ev
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.values import NodeId
-from service.store import codec, headfile, reserve, schema
+from service.store import codec, headfile, reserve, rows, schema
 from service.store.database import UNREADABLE, allocate_index, errorname, open_writer, refused, unreadable, unwritable
 from service.store.headfile import HeadFile
 
@@ -49,16 +49,33 @@ AGAIN_FRAMES = 250
 # 106 for 255 of them.
 COMMIT_FRAMES, EVENTS_A_FRAME, JOB_FRAMES = 10, 3, 4
 
-# Compiled once from the tables: building and looking up a statement costs Core three times what SQLite needs for it.
-_DIALECT = sqlite.dialect()
-_INSERT_EVENT = str(schema.events.insert().compile(dialect=_DIALECT))
-_LAST_VERSION = str(
-    sa.select(sa.func.max(schema.events.c.version))
-    .where(schema.events.c.stream == sa.bindparam("stream"))
-    .compile(dialect=_DIALECT)
+# As text: building and looking up a statement costs Core three times what SQLite needs for it.
+_INSERT_EVENT = f"INSERT INTO events ({', '.join(schema.events.columns.keys())})"
+_INSERT_NAME = f"INSERT INTO interface_names ({', '.join(schema.interface_names.columns.keys())})"
+_LAST_VERSIONS = (
+    "SELECT stream, max(version) FROM events WHERE stream IN (SELECT value FROM json_each(?)) GROUP BY stream"
 )
 
 Job = Callable[[sa.Connection], None]
+
+
+@runtime_checkable
+class Joinable(Protocol):
+    """A job that can be done together with others of its kind in a transaction."""
+
+    @property
+    def kind(self) -> object:
+        """Equal to that of those it can be joined with."""
+        ...
+
+    def joined(self, jobs: "Sequence[Any]") -> Job:
+        """One job that does what these do, of which it is the last."""
+        ...
+
+    def __call__(self, connection: sa.Connection) -> None:
+        """Do it alone."""
+        ...
+
 
 # What may be written on the reserve. First what tells of work that was done on the host, each once for something that
 # had room before; then the orders that make what is on the host less, which leave a part of it to the former.
@@ -148,7 +165,7 @@ class LogWriter:
     ) -> None:
         self._path, self._node, self._now = path, node, now
         self._on_recorded, self._on_broken = on_recorded, on_broken
-        self._queue: queue.Queue[_Append | _Run | _Stop] = queue.Queue(QUEUE_MAX)
+        self._queue: queue.SimpleQueue[_Append | _Run | _Stop] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="log-writer", daemon=True)
         self._versions: OrderedDict[str, int] = OrderedDict()
         self._position, self._head = 0, codec.GENESIS
@@ -162,7 +179,8 @@ class LogWriter:
         self._checkpoint_at = CHECKPOINT_FRAMES
         self._committing = False
         self._closed = False
-        self._gate = threading.Lock()  # between `close` and the last request: none may queue behind the stop
+        # Between `close` and the last request: none may queue behind the stop. And between all that put: it is bounded.
+        self._gate = threading.Lock()
         self._engine = open_writer(path)
         self._connection: sa.Connection | None = None
 
@@ -241,12 +259,11 @@ class LogWriter:
         with self._gate:
             if self._closed:
                 raise TunledgerError(ErrorCode.SHUTTING_DOWN, "the service is stopping", retry=True)
-            try:
-                self._queue.put_nowait(request)
-            except queue.Full:
+            if self._queue.qsize() >= QUEUE_MAX:
                 raise TunledgerError(
                     ErrorCode.OVERLOADED, f"{QUEUE_MAX} writes are waiting for the disk; try again", retry=True
-                ) from None
+                )
+            self._queue.put(request)
 
     def _work(self) -> None:
         stopping = False
@@ -308,6 +325,7 @@ class LogWriter:
 
     def _place_all(self, batch: Sequence[_Append | _Run], placed: _Placed) -> None:
         assert self._connection is not None
+        self._look_up(draft.stream for request in batch if isinstance(request, _Append) for draft in request.drafts)
         for request in batch:
             if isinstance(request, _Run):
                 request.job(self._connection)
@@ -320,11 +338,10 @@ class LogWriter:
             drafts = zip(request.drafts, request.encoded, strict=True)
             placed.accepted.append((request, [self._place(draft, encoded, placed.rows) for draft, encoded in drafts]))
         if placed.rows:
-            self._connection.exec_driver_sql(_INSERT_EVENT, placed.rows)
+            rows.insert(self._connection, _INSERT_EVENT, placed.rows)
             self._index_names(placed.accepted)
-        for request, _events in placed.accepted:
-            if request.also is not None:
-                request.also(self._connection)
+        for job in _joined([request.also for request, _events in placed.accepted if request.also is not None]):
+            job(self._connection)
 
     def _told(self, placed: _Placed) -> None:
         """The transaction is durable: say so to everybody, then see to the -wal."""
@@ -471,7 +488,7 @@ class LogWriter:
         except UnicodeEncodeError as error:
             raise TunledgerError(ErrorCode.INTERNAL, f"{draft.stream}: text that is not Unicode: {error}") from error
 
-    def _place(self, draft: ev.Draft, encoded: tuple[str, int, str], rows: list[tuple[Any, ...]]) -> ev.Recorded:
+    def _place(self, draft: ev.Draft, encoded: tuple[str, int, str], placed: list[tuple[Any, ...]]) -> ev.Recorded:
         kind, schema_version, payload = encoded
         position, version = self._position + 1, self._version(draft.stream) + 1
         recorded_at = self._now()
@@ -490,7 +507,7 @@ class LogWriter:
             payload,
         )
         # In the order of the table's columns.
-        rows.append(
+        placed.append(
             (
                 position,
                 draft.event_id,
@@ -533,12 +550,20 @@ class LogWriter:
         return None
 
     def _version(self, stream: str) -> int:
-        known = self._versions.get(stream)
-        if known is None:
-            assert self._connection is not None
-            known = self._connection.exec_driver_sql(_LAST_VERSION, (stream,)).scalar() or 0
-            self._remember(stream, known)
-        return known
+        if stream not in self._versions:
+            self._look_up([stream])
+        return self._versions[stream]
+
+    def _look_up(self, streams: Iterable[str]) -> None:
+        """Remember the versions of streams, in one question for all that are not known."""
+        unknown = {stream: 0 for stream in streams if stream not in self._versions}
+        if not unknown:
+            return
+        assert self._connection is not None
+        asked = msgspec.json.encode(list(unknown)).decode()
+        unknown.update((row[0], row[1]) for row in self._connection.exec_driver_sql(_LAST_VERSIONS, (asked,)))
+        for stream, version in unknown.items():
+            self._remember(stream, version)
 
     def _remember(self, stream: str, version: int) -> None:
         self._versions[stream] = version
@@ -549,13 +574,29 @@ class LogWriter:
     def _index_names(self, accepted: list[tuple[_Append, list[ev.Recorded]]]) -> None:
         assert self._connection is not None
         declared = [
-            {"interface_id": event.body.interface_id, "name": event.body.name, "position": event.position}
+            (event.body.interface_id, event.body.name, event.position)
             for _request, events in accepted
             for event in events
             if isinstance(event.body, ev.InterfaceDeclared)
         ]
-        if declared:
-            self._connection.execute(schema.interface_names.insert(), declared)
+        rows.insert(self._connection, _INSERT_NAME, declared)
+
+
+def _joined(jobs: Sequence[Job]) -> list[Job]:
+    """The same jobs, with those that can be done as one in the place of the last of them."""
+    alike = [job for job in jobs if isinstance(job, Joinable)]
+    if len(alike) < 2:
+        return list(jobs)
+    kinds: dict[object, list[Joinable]] = {}
+    for job in alike:
+        kinds.setdefault(job.kind, []).append(job)
+    found: list[Job] = []
+    for job in reversed(jobs):
+        if not isinstance(job, Joinable):
+            found.append(job)
+        elif (others := kinds.pop(job.kind, None)) is not None:
+            found.append(job.joined(others))
+    return found[::-1]
 
 
 def _down_to(claim: Claim) -> int:

@@ -1,11 +1,13 @@
 """Who may call: loopback by name, no page of the web, and only processes of root or of the service's own user."""
 
+import asyncio
 import pwd
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from service.api.access import Endpoint, loopback_host, loopback_origin
+from service.api.access import Endpoint, Gate, loopback_host, loopback_origin
 from service.domain.errors import ErrorCode, TunledgerError
 from tests.api.running import CLIENT, PORT, Running
 
@@ -132,6 +134,30 @@ def test_the_kernel_is_asked_about_exactly_this_connection(path: Path) -> None:
     with Running(path, owner_of=owner) as api:
         api.call("GET", "/health", client=("127.0.0.1", 50505))
     assert asked == [(("127.0.0.1", 50505), ("127.0.0.1", PORT))]
+
+
+def test_the_kernel_is_asked_once_for_a_connection_that_stays() -> None:
+    asked: list[Endpoint] = []
+    actors: list[str] = []
+
+    def owner(client: Endpoint, _server: Endpoint) -> int:
+        asked.append(client)
+        return len(asked) - 1
+
+    async def app(scope: Any, _receive: Any, _send: Any) -> None:
+        actors.append(scope["state"]["caller"].actor)
+
+    async def call() -> None:
+        gate = Gate(app, owner_of=owner, own_uid=1)
+        for connection in (dict[str, int](), dict[str, int]()):
+            for _ in range(3):
+                scope: Any = {"type": "http", "headers": [(b"host", b"localhost")], "client": ("127.0.0.1", 5)}
+                scope |= {"server": ("127.0.0.1", 8080), "state": {"connection": connection}}
+                await gate(scope, None, None)  # type: ignore[arg-type]
+
+    asyncio.run(call())
+    assert asked == [("127.0.0.1", 5)] * 2
+    assert actors == ["uid:0"] * 3 + ["uid:1"] * 3
 
 
 def test_a_refused_host_is_not_worth_asking_the_kernel(path: Path) -> None:

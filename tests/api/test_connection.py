@@ -101,3 +101,30 @@ def test_no_more_than_a_little_is_held_back() -> None:
     wire = asyncio.run(answered(send))
     assert max(len(each) for each in wire.sent) <= HELD_BYTES_MAX + len(part)
     assert sum(len(each) for each in wire.sent) > 100 * len(part)
+
+
+def test_what_is_known_of_a_connection_is_known_to_its_requests_and_to_no_other() -> None:
+    seen: list[dict[str, int]] = []
+
+    async def app(scope: Any, _receive: Any, to: Send) -> None:
+        seen.append(scope["state"]["connection"])
+        await to(head((b"content-length", b"0")))
+        await to(body(b""))
+
+    async def call() -> None:
+        config = uvicorn.Config(app, lifespan="off", log_config=None)
+        config.load()
+        shared: dict[str, Any] = {}
+        for _ in range(2):
+            state = uvicorn.server.ServerState()
+            connection = Connection(config, state, shared)
+            connection.connection_made(Wire())
+            for _ in range(2):
+                connection.data_received(GET)
+                await asyncio.gather(*state.tasks)
+            connection._unset_keepalive_if_required()
+
+    asyncio.run(call())
+    assert seen[0] is seen[1]
+    assert seen[2] is seen[3]
+    assert seen[0] is not seen[2]

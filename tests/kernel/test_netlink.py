@@ -62,6 +62,17 @@ def test_readers_take_garbled_messages_or_say_that_they_cannot(
             pass
 
 
+@given(some.binary(max_size=60), some.integers(1, 2**32 - 1), some.binary(max_size=60))
+@example(struct.pack("=HHI", 8, netlink.IFLA_GROUP, 7)[4:], 9, b"")
+def test_a_link_group_is_found_wherever_it_stands(before: bytes, group: int, after: bytes) -> None:
+    other = struct.pack("=HH", 4 + len(before), 20) + before
+    message = bytes(16) + other.ljust((len(other) + 3) & ~3, b"\0")
+    message += struct.pack("=HHI", 8, netlink.IFLA_GROUP, group) + after
+    found = netlink.possible_groups(b"\1" * 3 + message, 3, 3 + len(message))
+    assert netlink.read_mark(message, 0, len(message)).link_group in found
+    assert netlink.possible_groups(message, 0, 16) == set()
+
+
 class Script(RouteSocket):
     """A route socket that hears what the test says instead of the kernel."""
 
@@ -78,6 +89,9 @@ class Script(RouteSocket):
 
     def send(self, _data: bytes) -> None:
         pass
+
+    def _answer(self) -> bytes:
+        return self._receive()
 
     def recvmsg(self, _size: int) -> tuple[bytes, list[object], int, None]:
         answer = next(self._answers, TimeoutError()) if self._waits else BlockingIOError(errno.EAGAIN, "nothing there")

@@ -18,6 +18,7 @@ from service.kernel.fake import FakeKernel
 from service.kernel.namespaces import HostKernel
 from service.reconcile.answer import Answer, Clock
 from service.reconcile.applier import Applier
+from service.reconcile.applying import Remover
 from service.reconcile.engine import Engine
 from service.reconcile.hands import Figures, Hands
 from service.store import counters
@@ -123,8 +124,14 @@ class Rig:
 
 
 @asynccontextmanager
-async def running(folder: Path, kernel: FakeKernel | HostKernel, clock: Clock = CLOCK) -> AsyncIterator[Rig]:
-    """An engine that has started up on the log in this folder."""
+async def running(
+    folder: Path, kernel: FakeKernel | HostKernel, clock: Clock = CLOCK, *, removing: Any = None
+) -> AsyncIterator[Rig]:
+    """An engine that has started up on the log in this folder.
+
+    Args:
+        removing: the kernel as the remover has it; the same where that can be, and not given.
+    """
     path = folder / "log.db"
     migrate(path, now=CLOCK.now)
     reader = LogReader(path)
@@ -140,6 +147,8 @@ async def running(folder: Path, kernel: FakeKernel | HostKernel, clock: Clock = 
     writer = LogWriter(path, node, now=CLOCK.now, on_recorded=on_recorded, on_broken=lambda _reason: None)
     reader = LogReader(path)
     applier, plane, answers = Applier(), CountingDataPlane(), Answers(path)
+    removing = removing or (kernel if isinstance(kernel, FakeKernel) else None)
+    remover = Remover(Applier(), Hands(removing, plane)) if removing is not None else None
     engine = Engine(
         node=node,
         state=found.state,
@@ -152,15 +161,20 @@ async def running(folder: Path, kernel: FakeKernel | HostKernel, clock: Clock = 
         render=render,
         recall=answers.find,
         knows=reader.declared,
+        remover=remover,
     )
     writer.start()
     applier.start()
+    if remover is not None:
+        remover.applier.start()
     try:
         await engine.start_up(
             ev.ServiceStarted(pid=os.getpid(), version="0", boot_id=BOOT, uid=0, address="127.0.0.1:0")
         )
         yield Rig(engine, kernel, plane, writer, path)
     finally:
+        if remover is not None:
+            await asyncio.to_thread(remover.applier.close)
         await asyncio.to_thread(applier.close)
         await asyncio.to_thread(writer.close)
         answers.close()

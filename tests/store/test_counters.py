@@ -11,7 +11,8 @@ from service.domain.counters import Book, Reading, Source
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.values import InterfaceId
 from service.store import counters
-from tests.store.log import DEADLINE_S, NOW, Log, rows, tamper
+from service.store.writer import Job
+from tests.store.log import DEADLINE_S, NOW, Log, draft, note, rows, tamper
 
 ONE, TWO = InterfaceId("one"), InterfaceId("two")
 LONG_AGO = "2000-01-01T00:00:00.000000Z"
@@ -124,3 +125,32 @@ def test_a_database_that_does_not_read_has_no_totals_either(tmp_path: Path) -> N
     with pytest.raises(TunledgerError) as refusal:
         counters.load(tmp_path / "log.db")
     assert refusal.value.code is ErrorCode.LOG_CORRUPT
+
+
+def test_samples_that_come_with_the_events_of_one_transaction_are_written_as_one(path: Path, log: Log) -> None:
+    keeper, book = counters.CounterKeeper(), Book()
+
+    def job(packets: int, interface: InterfaceId) -> Job:
+        reading = book.take(_kernel("boot/3", packets, interface))
+        return keeper.store([reading], {interface: {"kernel": book.totals(interface, Source.KERNEL)}}, NOW)
+
+    def sequence() -> int:
+        ((found,),) = rows(path, "SELECT sequence FROM counter_progress")
+        return int(found)
+
+    log.writer.append([draft(note())], job(7, TWO)).result(DEADLINE_S)
+    before, others = sequence(), list[str]()
+    with log.held():  # all of these are taken together
+        waiting = [
+            log.writer.append([draft(note())], job(10, ONE)),
+            log.writer.append([draft(note())], lambda _connection: others.append("first")),
+            log.writer.append([draft(note())], job(9, TWO)),
+            log.writer.append([draft(note())], lambda _connection: others.append("second")),
+        ]
+    for each in waiting:
+        each.result(DEADLINE_S)
+    assert (sequence() - before, others) == (1, ["first", "second"])
+    assert counters.load(path).totals(ONE, Source.KERNEL) == {"rx_packets": 10}
+    assert counters.load(path).totals(TWO, Source.KERNEL) == {"rx_packets": 9}
+    shown = "SELECT rx_packets FROM counter_raw JOIN counter_interfaces ON number = interface ORDER BY at, interface_id"
+    assert rows(path, shown) == [(7,), (10,), (9,)]
