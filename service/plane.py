@@ -39,10 +39,10 @@ class Plane:
         with _translated():
             return self._supervisor.untap(device, tap_id)
 
-    def feed(self, device: str, place: int, fd: int) -> None:
+    def feed(self, device: str, stage_id: int, fd: int) -> None:
         """Hand one more file to a tap, or to a stage. Raises TunledgerError."""
         with _translated():
-            self._supervisor.feed(device, place, fd)
+            self._supervisor.feed(device, stage_id, fd)
 
     def tap_figures(self, device: str, tap_id: int) -> Mapping[str, int]:
         """A tap's figures as they are. Raises TunledgerError."""

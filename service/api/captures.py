@@ -31,7 +31,8 @@ from service.domain.errors import ErrorCode, TunledgerError, invalid, shown_key
 from service.domain.state import Interface
 from service.domain.values import parse_int
 from service.packet.pcapng import Captured, Reader, whole
-from service.reconcile.captures import Asker, Capture, Captures, Live, Settings
+from service.reconcile.captured import Asker, Capture, Live, Settings
+from service.reconcile.captures import Captures
 
 PCAPNG: Final = "application/x-pcapng"
 PACKETS_MAX: Final = 10**15
@@ -159,7 +160,7 @@ class CapturesController(Controller):
     ) -> Response[bytes]:
         """One capture."""
         parameters(request)
-        capture = captures.find(_existing(orders, name).id, capture_id)
+        capture = captures.find(capture_id, _existing(orders, name).id)
         await captures.look_at([capture])
         return answer(await _told(capture))
 
@@ -176,7 +177,7 @@ class CapturesController(Controller):
         """End a capture; its files stay."""
         parameters(request)
         bodies.nothing(bodies.document(body))
-        capture = captures.find(_existing(orders, name).id, capture_id)
+        capture = captures.find(capture_id, _existing(orders, name).id)
         await captures.stop(capture)
         return answer(await _told(capture))
 
@@ -186,7 +187,7 @@ class CapturesController(Controller):
     ) -> Response[bytes]:
         """End a capture, and delete its files."""
         parameters(request)
-        capture = captures.find(_existing(orders, name).id, capture_id)
+        capture = captures.find(capture_id, _existing(orders, name).id)
         await captures.remove(capture)
         return answer({"id": capture.id, "deleted": True})
 
@@ -202,7 +203,7 @@ class CapturesController(Controller):
     ) -> Stream:
         """One file of a capture, as far as it is written."""
         parameters(request)
-        capture = captures.find(_existing(orders, name).id, capture_id)
+        capture = captures.find(capture_id, _existing(orders, name).id)
         known = {str(each): path for each, path in capture.files.items()}
         if number not in known:
             numbers = ", ".join(known) or "none"
@@ -274,7 +275,7 @@ async def _told(capture: Capture) -> dict[str, Any]:
         "name": capture.name,
         "state": "running" if capture.running else "stopped",
         "reason": capture.reason,
-        "stage": -1 - capture.place if capture.kind == "stage" and capture.running else None,
+        "stage": capture.stage if capture.running else None,
         "started_at": capture.started_at,
         "stopped_at": capture.stopped_at,
         "settings": capture.settings.to_json(),

@@ -41,7 +41,7 @@ import structlog
 
 from service import failpoints
 from service.dataplane import layout, syscalls
-from service.dataplane.attachment import Attachment, Busy, DeviceCounters, Held, StageStatus
+from service.dataplane.attachment import Attachment, Busy, DeviceCounters, Ended, Ending, Held, StageStatus
 from service.dataplane.contract import Mode
 from service.dataplane.crashes import Crash, Crashes
 from service.dataplane.line_reader import LineReader
@@ -132,7 +132,8 @@ def respawn_delay_s(deaths: int) -> float:
     return min(RESPAWN_MAX_S, RESPAWN_STEP_S * 2.0 ** min(deaths - 2, 6))
 
 
-_EndedTap = tuple[int, Mapping[str, int]]
+_Lost = tuple[Attachment, str, Sequence[Ended]]
+"""A device that its worker let go of, why, and what ended with it."""
 
 _Made = tuple[list[Held | None], list[int]]
 """Stages as a worker is to be told, and the descriptors to send along, to be closed afterwards."""
@@ -159,7 +160,7 @@ class Supervisor:
         processors: Mapping[str, str] | None = None,
         files_for: FilesFor | None = None,
         on_poke: Callable[[], None] | None = None,
-        on_tap_ended: Callable[[str, int, Mapping[str, int], str], None] | None = None,
+        on_stage_ended: Callable[[Ended], None] | None = None,
     ) -> None:
         """Take the settings; `start` starts.
 
@@ -170,8 +171,8 @@ class Supervisor:
         shown, because of `packets_per_s` (for each worker) or because nobody read in time; an empty line
         carries the number alone. None: packets are not put in words.
         `processors` are those of other packages (`registry.discover`). `files_for` is asked for the descriptors of
-        stages that want some. `on_poke`: stages asked to be looked at, told at most once in `POKE_S`. `on_tap_ended`
-        gets device, tap, its last figures and why, where `untap` was not called.
+        stages that want some. `on_poke`: stages asked to be looked at, told at most once in `POKE_S`. `on_stage_ended`
+        is told once of each stage that `files_for` gave files for, and of each tap that `untap` did not take away.
         Raises ValueError on a number below 1, and DataplaneError `unsupported` on a 32-bit machine.
         """
         if min(workers, packets_per_s, devices_per_worker) < 1:
@@ -188,7 +189,7 @@ class Supervisor:
         self._processors = dict(processors or {})
         self._provisions = Provisions(files_for)
         self._on_poke = on_poke
-        self._on_tap_ended = on_tap_ended
+        self._on_stage_ended = on_stage_ended
         self._log = structlog.get_logger("tunledger.dataplane")
 
         self._lock = threading.Condition()
@@ -198,7 +199,9 @@ class Supervisor:
         self._neighbours = Neighbours()
         self._crashes = Crashes()
         self._serial = 0
-        self._taps = 0
+        self._stage_ids = 0
+        self._to_be_told: set[int] = set()
+        """Stages whose end somebody is to hear of."""
         self._devices_lost = 0
         self._started = False
         self._running = False
@@ -267,7 +270,8 @@ class Supervisor:
                 self._gather(attachment, attachment.worker, targets(work.chain))
                 self._see_up(attachment, attachment.worker, time.monotonic() + REQUEST_TIMEOUT_S)
                 made = self._stages(attachment, work, ())
-                self._hand_over(attachment, fd, made, time.monotonic() + REQUEST_TIMEOUT_S)
+                with self._told_unless_taken(attachment, made[0]):
+                    self._hand_over(attachment, fd, made, time.monotonic() + REQUEST_TIMEOUT_S)
             except BaseException:
                 with self._lock:
                     self._release(attachment)
@@ -299,7 +303,7 @@ class Supervisor:
                     if self._attachments.get(device) is not attachment:
                         raise DataplaneError("worker_gone", f"{attachment.name}: lost on its way", retry=True)
             self._gather(attachment, worker, sends_to)
-            self._reconfigure(attachment, work, attachment.taps)
+            self._tell_ended(self._reconfigure(attachment, work, attachment.taps))
             with self._lock:
                 self._neighbours.put(device, {attachment.name, *sends_to})
 
@@ -333,9 +337,9 @@ class Supervisor:
             if self._attachments.get(device) is not attachment:
                 return self._last.pop(device, None)  # the watcher was faster
             final = attachment.figures()
-            ended = self._taken_taps(attachment)
+            ended = self._ended(attachment, attachment.held(), "interface_gone")
             self._release(attachment)
-        self._tell_taps(attachment, ended, "the interface is no longer processed")
+        self._tell_ended(ended)
         return final
 
     def attached(self) -> Mapping[str, Work]:
@@ -362,17 +366,15 @@ class Supervisor:
         """Put a stage in front of a device's chain that is not in its spec; return its id.
 
         It sees what the wire would. `files` are descriptors for it; they stay the caller's. It ends with `untap`, or
-        with the attach (`on_tap_ended`). Raises DataplaneError as `configure`, and `worker_full` beyond `TAPS_MAX`.
+        with the attach (`on_stage_ended`). Raises DataplaneError as `configure`, and `worker_full` beyond `TAPS_MAX`.
         """
         with self._claimed(device) as attachment:
             if len(attachment.taps) >= TAPS_MAX:
                 raise DataplaneError("worker_full", f"{attachment.name}: {TAPS_MAX} taps, its limit", retry=False)
             with self._lock:
-                self._taps += 1
-                tap = self._taps
-                area = attachment.free_areas()[-1]
-            held, fds = self._provisions.stage(device, attachment.name, -1, area, stage, files)
-            held.tap = tap
+                tap = self._new_stage_id()
+                setup = StageSetup(attachment.free_areas()[-1], -1, stage)
+            held, fds = self._provisions.stage(device, attachment.name, tap, setup, files)
             try:
                 self._reconfigure(attachment, attachment.work, [held, *attachment.taps], fds)
             finally:
@@ -383,9 +385,10 @@ class Supervisor:
         """Take a tap away, and return its final figures. Raises DataplaneError as `configure`, and `no_tap`."""
         with self._claimed(device) as attachment:
             held = self._tap_of(attachment, tap)
-            self._reconfigure(attachment, attachment.work, [each for each in attachment.taps if each is not held])
-            with self._lock:
-                return attachment.own_figures(held)
+            ended = self._reconfigure(
+                attachment, attachment.work, [each for each in attachment.taps if each is not held]
+            )
+            return next(each.figures for each in ended if each.stage == tap)
 
     def tap_figures(self, device: str, tap: int) -> Mapping[str, int]:
         """Return a tap's figures as they are now. Raises DataplaneError `no_tap`, `not_attached`."""
@@ -396,18 +399,15 @@ class Supervisor:
             return attachment.own_figures(self._tap_of(attachment, tap))
 
     def feed(self, device: str, stage: int, fd: int) -> None:
-        """Give one more file to a tap (its id), or to a stage: -1 for the chain's first, -2 for the second.
+        """Give one more file to the tap or stage with this id.
 
         `fd` stays the caller's. Raises DataplaneError as `configure`, `no_tap` if it is not there or takes none.
         """
         with self._claimed(device) as attachment:
             deadline = time.monotonic() + REQUEST_TIMEOUT_S
-            if stage >= 0:
-                held: Held | None = self._tap_of(attachment, stage)
-            else:
-                held = attachment.stages[-1 - stage] if -1 - stage < len(attachment.stages) else None
+            held = next((each for each in attachment.held() if each.id == stage), None)
             if held is None:
-                raise DataplaneError("no_tap", f"{attachment.name}: no stage {-1 - stage} is at work", retry=False)
+                raise DataplaneError("no_tap", f"{attachment.name}: that stage is at work no more", retry=False)
             area = held.setup.area
 
             def request(sequence: int) -> Request:
@@ -420,7 +420,7 @@ class Supervisor:
     @staticmethod
     def _tap_of(attachment: Attachment, tap: int) -> Held:
         for held in attachment.taps:
-            if held.tap == tap:
+            if held.id == tap:
                 return held
         raise DataplaneError("no_tap", f"{attachment.name}: has no tap {tap}", retry=False)
 
@@ -590,30 +590,36 @@ class Supervisor:
         try:
             made = self._stages(held, held.work, (), anew=True)
             deadline = time.monotonic() + REQUEST_TIMEOUT_S  # that may have taken its time
-            reply, fd = self._ask(held, request, deadline, ())
-            if reply.error:
-                raise DataplaneError("worker_gone", f"{held.name}: {_errno_text(reply.error)}", retry=True)
+            with self._told_unless_taken(held, made[0]):
+                reply, fd = self._ask(held, request, deadline, ())
+                if reply.error:
+                    raise DataplaneError("worker_gone", f"{held.name}: {_errno_text(reply.error)}", retry=True)
             with self._lock:
-                if self._attachments.get(held.device) is not held:
-                    return  # its worker died right after, and the watcher has told of it
-                held.leave()
-                ended = self._taken_taps(held)
-                held.confirmed = False
-                held.worker.free_slots.append(held.slot)
-                held.stages = []
-                self._serial += 1
-                held.worker, held.serial = worker, self._serial
-                held.slot, slot = slot, -1
+                gone = self._attachments.get(held.device) is not held
+                if gone:  # its worker died right after, and the watcher has told of it
+                    ended = self._ended(held, _there(made[0]), "worker_exit")
+                else:
+                    held.leave()
+                    ended = self._ended(held, held.held(), "moved")
+                    held.confirmed = False
+                    held.worker.free_slots.append(held.slot)
+                    held.stages, held.taps = [], []
+                    self._serial += 1
+                    held.worker, held.serial = worker, self._serial
+                    held.slot, slot = slot, -1
+            self._tell_ended(ended)
+            if gone:
+                return
             try:
-                self._tell_taps(held, ended, "the interface went to another worker")
                 if fd is None:  # no descriptor of ours was free for it
                     raise DataplaneError("worker_gone", f"{held.name}: {_errno_text(errno.EMFILE)}", retry=True)
                 self._hand_over(held, fd, made, deadline, then="changing")
             except BaseException as error:
                 with self._lock:
+                    ended = self._ended(held, _there(made[0]), "worker_exit")
                     self._keep(held)
                     self._devices_lost += 1
-                self._tell_lost([(held, str(error) or type(error).__name__)])
+                self._tell_lost([(held, str(error) or type(error).__name__, ended)])
                 if not isinstance(error, DataplaneError):
                     raise
         finally:
@@ -650,7 +656,7 @@ class Supervisor:
             setup = _setup(attachment, attachment.work, stages, [])
             failpoints.reach("dataplane.hand_over.before", fails=True)
             with self._lock:
-                attachment.coming = attachment.work, [stage for stage in stages if stage is not None]
+                attachment.coming = attachment.work, _there(stages)
             body = written(setup)
             files.append(body)
             reply, _ = self._ask(attachment, request, deadline, [fd, body, *files[:-1]])
@@ -681,37 +687,48 @@ class Supervisor:
         work: Work,
         taps: Sequence[Held],
         files_of_tap: Sequence[int] = (),
-    ) -> None:
-        """Have the worker change the stages. `files_of_tap` are those of a tap that is new, the first of `taps`."""
+    ) -> list[Ended]:
+        """Have the worker change the stages; return those that it let go of, with their last figures.
+
+        `files_of_tap` are those of a tap that is new, the first of `taps`.
+        """
 
         def request(sequence: int) -> Request:
             return Configure(sequence, attachment.slot, attachment.serial)
 
         with self._lock:
-            old = [held for held in attachment.stages if held is not None]
+            before = attachment.held()
+            old = _there(attachment.stages)
         stages, files = self._stages(attachment, work, old)
         deadline = time.monotonic() + REQUEST_TIMEOUT_S  # that may have taken its time
-        try:
+        kept = {held.id for held in old}
+        new = [stage for stage in stages if stage is not None and stage.id not in kept]
+        with self._told_unless_taken(attachment, new):
+            try:
+                with self._lock:
+                    attachment.coming = work, [*taps, *_there(stages)]
+                body = written(_setup(attachment, work, stages, taps))
+                files.append(body)
+                reply, _ = self._ask(attachment, request, deadline, [body, *files_of_tap, *files[:-1]])
+            except OSError as failure:
+                raise DataplaneError(
+                    "attach_refused", f"{attachment.name}: {_errno_text(failure.errno or 0)}", retry=True
+                ) from failure
+            finally:
+                close_all(files)
+            _raise_refusal(attachment, reply)
             with self._lock:
-                attachment.coming = work, [stage for stage in (*taps, *stages) if stage is not None]
-            body = written(_setup(attachment, work, stages, taps))
-            files.append(body)
-            reply, _ = self._ask(attachment, request, deadline, [body, *files_of_tap, *files[:-1]])
-        except OSError as failure:
-            raise DataplaneError(
-                "attach_refused", f"{attachment.name}: {_errno_text(failure.errno or 0)}", retry=True
-            ) from failure
-        finally:
-            close_all(files)
-        _raise_refusal(attachment, reply)
-        with self._lock:
-            if self._attachments.get(attachment.device) is not attachment:
-                raise DataplaneError("worker_gone", f"{_where(attachment)} died", retry=True)
-            if work.chain != attachment.work.chain:
-                self._crashes.forget(attachment.device)
-            attachment.stages, attachment.taps, attachment.work, attachment.coming = stages, list(taps), work, None
-            attachment.name_figures(json.loads(reply.text))
-            self._poke()
+                if self._attachments.get(attachment.device) is not attachment:
+                    raise DataplaneError("worker_gone", f"{_where(attachment)} died", retry=True)
+                if work.chain != attachment.work.chain:
+                    self._crashes.forget(attachment.device)
+                attachment.stages, attachment.taps, attachment.work, attachment.coming = stages, list(taps), work, None
+                attachment.name_figures(json.loads(reply.text))
+                self._to_be_told.update(tap.id for tap in taps)
+                self._poke()
+                # Nobody writes their figures any more, and their areas are free from here on.
+                staying = {held.id for held in attachment.held()}
+                return self._ended(attachment, [held for held in before if held.id not in staying], "removed")
 
     def _stages(self, attachment: Attachment, work: Work, old: Sequence[Held], *, anew: bool = False) -> _Made:
         """A chain's stages as a worker is to be told, with the descriptors of the new ones, in order.
@@ -724,6 +741,7 @@ class Supervisor:
         by_area = {held.setup.area: held for held in old}
         same = unchanged([held.setup for held in old], work.chain)
         stages: list[Held | None] = []
+        new: list[Held] = []
         files: list[int] = []
         try:
             for place, (stage, kept) in enumerate(zip(work.chain, same, strict=True)):
@@ -732,15 +750,46 @@ class Supervisor:
                 elif kept is not None:
                     held = by_area[kept.area]
                     setup = StageSetup(kept.area, place, stage, 0)
-                    stages.append(Held(setup, held.figures, held.memory))
+                    stages.append(Held(held.id, setup, held.figures, held.memory))
                 else:
-                    made, own = self._provisions.stage(attachment.device, attachment.name, place, areas.pop(0), stage)
+                    made, own = self._made(attachment, StageSetup(areas.pop(0), place, stage))
+                    new.append(made)
                     stages.append(made)
                     files += own
         except BaseException:
             close_all(files)
+            with self._lock:
+                ended = self._ended(attachment, new, "refused")
+            self._tell_ended(ended)
             raise
         return stages, files
+
+    def _made(self, attachment: Attachment, setup: StageSetup) -> tuple[Held, list[int]]:
+        """A new stage and its descriptors. Raises as `Provisions.stage`."""
+        with self._lock:
+            stage_id = self._new_stage_id()
+        made = self._provisions.stage(attachment.device, attachment.name, stage_id, setup)
+        if made[1]:
+            with self._lock:
+                self._to_be_told.add(stage_id)
+        return made
+
+    def _new_stage_id(self) -> int:
+        """Under the lock."""
+        self._stage_ids += 1
+        return self._stage_ids
+
+    @contextmanager
+    def _told_unless_taken(self, attachment: Attachment, new: Sequence[Held | None]) -> Iterator[None]:
+        """Tell of the end of new stages if what is done with them fails."""
+        try:
+            yield
+        except BaseException as error:
+            died = isinstance(error, DataplaneError) and error.code in ("worker_gone", "worker_timeout")
+            with self._lock:
+                ended = self._ended(attachment, _there(new), "worker_exit" if died else "refused")
+            self._tell_ended(ended)
+            raise
 
     def _ask(
         self, attachment: Attachment, request: Callable[[int], Request], deadline: float, fds: Sequence[int]
@@ -990,12 +1039,12 @@ class Supervisor:
             lost = self._take_lost(worker)
             last: dict[str, DeviceCounters] = {}
             crash = self._blame(worker, status)
-            taps: list[tuple[Attachment, list[_EndedTap]]] = []
+            ended: list[Ended] = []
             for held in [held for held in self._attachments.values() if held.worker is worker]:
                 if not held.confirmed:
                     self._release(held)
                     continue
-                taps.append((held, self._taken_taps(held)))
+                ended += self._ended(held, held.held(), "worker_exit")
                 final = self._keep(held)
                 if held.busy != "detaching":  # else who does gets the figures
                     last[held.device] = final
@@ -1004,8 +1053,7 @@ class Supervisor:
             report = self._running and not self._closing
             self._lock.notify_all()
         self._tell_lost(lost)
-        for held, ended in taps:
-            self._tell_taps(held, ended, f"its worker died: {status}")
+        self._tell_ended(ended)
         if not report:
             return
         self._start_due()
@@ -1044,36 +1092,39 @@ class Supervisor:
             then,
         )
 
-    def _taken_taps(self, held: Attachment) -> list["_EndedTap"]:
-        """Under the lock: take its taps off an attachment that ends; their ids and last figures."""
-        taps, held.taps = held.taps, []
-        return [(tap.tap, held.own_figures(tap)) for tap in taps if tap.tap is not None]
+    def _ended(self, attachment: Attachment, stages: Sequence[Held], reason: Ending) -> list[Ended]:
+        """Under the lock: those of these stages whose end is to be told, which it is once, with their figures.
 
-    def _tell_taps(self, held: Attachment, ended: list["_EndedTap"], reason: str) -> None:
-        for tap, figures in ended:
-            if self._on_tap_ended is None:
+        Their worker is done with them, and their areas are nobody else's yet.
+        """
+        ended = [held for held in stages if held.id in self._to_be_told]
+        self._to_be_told.difference_update(held.id for held in ended)
+        return [Ended(attachment.device, held.id, attachment.own_figures(held), reason) for held in ended]
+
+    def _tell_ended(self, ended: Sequence[Ended]) -> None:
+        for each in ended:
+            if self._on_stage_ended is None:
                 continue
             try:
-                self._on_tap_ended(held.device, tap, figures, reason)
+                self._on_stage_ended(each)
             except Exception:  # noqa: BLE001 - whatever it is, see on_exit
-                self._log.exception("on_tap_ended failed", device=held.name)
+                self._log.exception("on_stage_ended failed", device=each.device)
 
-    def _take_lost(self, worker: WorkerProcess) -> list[tuple[Attachment, str]]:
+    def _take_lost(self, worker: WorkerProcess) -> list[_Lost]:
         """Under the lock: forget the devices that `worker` has let go of by itself; return them and why."""
-        lost: list[tuple[Attachment, str]] = []
+        lost: list[_Lost] = []
         for held in [held for held in self._attachments.values() if held.worker is worker and held.confirmed]:
             error = worker.counters.lost(held.slot)
             if error:
+                ended = self._ended(held, held.held(), "interface_gone")
                 self._keep(held)
                 self._devices_lost += 1
-                lost.append((held, _errno_text(error)))
+                lost.append((held, _errno_text(error), ended))
         return lost
 
-    def _tell_lost(self, lost: list[tuple[Attachment, str]]) -> None:
-        for held, reason in lost:
-            with self._lock:
-                ended = self._taken_taps(held)
-            self._tell_taps(held, ended, reason)
+    def _tell_lost(self, lost: Sequence[_Lost]) -> None:
+        for held, reason, ended in lost:
+            self._tell_ended(ended)
             self._log.warning("device lost", device=held.name, reason=reason)
             if self._on_device_lost is None:
                 continue
@@ -1098,6 +1149,11 @@ class Supervisor:
                 self._bury(worker)
             else:
                 self._log.error("worker survives SIGKILL", worker=worker.index, pid=worker.pid)
+
+
+def _there(stages: Sequence[Held | None]) -> list[Held]:
+    """Those that are not bypassed."""
+    return [held for held in stages if held is not None]
 
 
 def _errno_text(error: int) -> str:
