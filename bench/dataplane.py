@@ -34,7 +34,7 @@ from bench.lab import (
 )
 from bench.latency import measure_latency
 from bench.readers import Ours, Reader, c_program, plain_loop
-from service.dataplane.supervisor import DataplaneError
+from service.dataplane.errors import DataplaneError
 
 ROUNDS = 5
 WARM_S = 0.25

@@ -25,7 +25,9 @@ from service.api import bodies
 from service.config import WORKERS_MAX, Config
 from service.dataplane import registry
 from service.dataplane.attachment import Ended
-from service.dataplane.supervisor import DataplaneError, Supervisor, WorkerExit
+from service.dataplane.errors import DataplaneError
+from service.dataplane.supervisor import Supervisor
+from service.dataplane.telling import WorkerExit
 from service.dataplane.work import Work
 from service.domain import commands as cmd
 from service.domain import events as ev

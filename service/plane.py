@@ -11,8 +11,9 @@ from typing import Any
 
 from service.api.traffic import Applied, End, Flow, Inspected, Kept
 from service.dataplane.attachment import StageStatus
+from service.dataplane.errors import DataplaneError
 from service.dataplane.flowtable import FlowRow, FlowTableReader
-from service.dataplane.supervisor import DataplaneError, Supervisor
+from service.dataplane.supervisor import Supervisor
 from service.domain.errors import ErrorCode, TunledgerError
 from service.packet import pcapng
 

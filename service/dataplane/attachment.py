@@ -16,8 +16,8 @@ from service.dataplane.worker_process import WorkerProcess
 Busy = Literal["attaching", "detaching", "changing"]
 
 Ending = Literal["removed", "refused", "moved", "interface_gone", "worker_exit"]
-"""Why a stage or tap is over: taken out of its chain, never begun, its device went to another worker, its device was let
-go of or deleted, its worker ended."""
+"""Why a stage or tap is over: taken out of its chain, never begun, its device moved to another worker, its device gone,
+its worker ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +69,14 @@ class Held:
         setup: as the worker was told.
         figures: the names of its own, as the worker said.
         memory: what it shares with the service, read-only.
+        told: somebody gave files for it, and is to hear of its end.
     """
 
     id: int
     setup: StageSetup
     figures: Sequence[str] = ()
     memory: memoryview | None = None
+    told: bool = False
 
 
 @dataclass(slots=True, eq=False)

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from service.dataplane.attachment import Held
 from service.dataplane.registry import BUILT_IN, Registry, UnknownProcessorError
-from service.dataplane.work import Setup, Stage, StageSetup, encode, options
+from service.dataplane.work import Setup, StageSetup, encode, options
 
 FilesFor = Callable[[str, str, int, dict[str, Any]], Sequence[int]]
 """Device, name, the stage's id and its JSON to descriptors."""
@@ -38,6 +38,7 @@ class Provisions:
         spec = setup.spec
         files = [os.dup(fd) for fd in given]
         memory: memoryview | None = None
+        told = False
         try:
             found = self._ours.find(str(spec["processor"])) if spec["processor"] in BUILT_IN else None
         except UnknownProcessorError:
@@ -51,10 +52,11 @@ class Provisions:
                 memory = memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ))
             if getattr(found, "wants_files", False) and self._files_for is not None and not given:
                 files += self._files_for(device, name, stage_id, dict(spec))
+                told = True
         except BaseException:
             close_all(files)
             raise
-        return Held(stage_id, replace(setup, files=len(files)), memory=memory), files
+        return Held(stage_id, replace(setup, files=len(files)), memory=memory, told=told), files
 
 
 def sealed_memory(name: str, size: int) -> int:

@@ -4,8 +4,8 @@ What chains are is the spec's business, and what a capture writes its processor'
 not belong in here.
 
 Theory of operation. Each time the data plane sets such a stage up it asks for its first file (`files_for`), with an id
-that the stage keeps while the chain around it changes. Its start is durable before it gets the file. The end of each one
-is told by the data plane once its worker is done with it, also if its set-up came to nothing, with its last figures.
+that the stage keeps while the chain around it changes. Its start is durable before it gets the file. The end of each is
+told by the data plane once its worker is done with it, also if its set-up came to nothing, with its last figures.
 """
 
 import asyncio

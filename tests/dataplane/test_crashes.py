@@ -9,7 +9,8 @@ import pytest
 
 from service.dataplane.attachment import Ended
 from service.dataplane.crashes import RESTART_MAX_S, Crashes, restart_delay_s
-from service.dataplane.supervisor import DataplaneError, Supervisor
+from service.dataplane.errors import DataplaneError
+from service.dataplane.supervisor import Supervisor
 from service.dataplane.work import Work
 from tests.dataplane.conftest import Observed, Until
 from tests.dataplane.test_chains import COUNT, Start, chain, drops, start
@@ -63,7 +64,7 @@ def test_a_worker_killed_from_outside_is_nobodys_crash(
     send = attach(supervisor, feed, "a", chain({"processor": "crash", "how": "hang"}))
     send(DEADLY)
     until(lambda: supervisor.stages("a")[0].packets_in == 1)
-    os.kill(supervisor._posts[0].live.pid, 9)  # type: ignore[union-attr]
+    os.kill(supervisor._roster.posts[0].live.pid, 9)  # type: ignore[union-attr]
     until(lambda: observed.exits)
     assert observed.exits[0].crash is None
 

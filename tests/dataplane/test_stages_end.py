@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from service.dataplane.attachment import Ended
-from service.dataplane.supervisor import DataplaneError, Supervisor
+from service.dataplane.errors import DataplaneError
+from service.dataplane.supervisor import Supervisor
 from service.packet.pcapng import Reader
 from tests.dataplane.conftest import Observed, Until
 from tests.dataplane.test_chains import COUNT, Start, chain, start

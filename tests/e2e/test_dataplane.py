@@ -144,13 +144,11 @@ def test_a_capture_ends_with_the_processing_of_its_interface(running: Service) -
 def workers(service: Service) -> list[int]:
     """The worker processes that are up."""
     assert service.process is not None
-    found = []
+    found: list[int] = []
     for task in Path(f"/proc/{service.process.pid}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # a thread, or a worker, that ended meanwhile
-            for pid in (task / "children").read_text().split():
-                if Path(f"/proc/{pid}/comm").read_text().startswith("tunledger-dp"):
-                    found.append(int(pid))
-    return found
+        with contextlib.suppress(FileNotFoundError):  # a thread that ended meanwhile
+            found += [int(pid) for pid in (task / "children").read_text().split()]
+    return [pid for pid in found if Path(f"/proc/{pid}/comm").read_text().startswith("tunledger-dp")]
 
 
 @needs_curl
