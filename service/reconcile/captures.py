@@ -106,9 +106,7 @@ class Captures:
         self._taps, self._now, self._new_id, self._trim = taps, now, new_id, trim
         self._register = Register(record, now=now, captures_max=captures_max)
         self._files = CaptureFiles(directory)
-        self._chains = ChainCaptures(
-            self._register, self._files, new_capture=lambda *what: self._made(*what, "stage"), stages=taps.stages
-        )
+        self._chains = ChainCaptures(self._register, self._files, new_capture=self._made_stage, stages=taps.stages)
         self._closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._looking = asyncio.Lock()
@@ -201,14 +199,14 @@ class Captures:
         """End a capture, and have it told in the log; nothing if it is over. Raises TunledgerError.
 
         After an error of the data plane it goes on; if nobody asked for its end, who could ask again, it is tried
-        again at each look. One that is a stage of a chain is ended by changing the chain.
+        again at each look. One that is a stage of a chain is ended by changing the chain: part_of_chain.
         """
         if not capture.running:
             return
         if capture.kind == "stage" and reason == "asked":
             raise TunledgerError(
-                ErrorCode.INVALID_FIELD,
-                f"{capture.id} is a stage of {capture.name}'s chain; take it out of processing.chain to end it",
+                ErrorCode.PART_OF_CHAIN,
+                f"{capture.id} is a stage of {capture.name}'s chain; take it out of processing.chain, and it ends",
             )
         async with capture.ending:
             if capture.reason is not None:
@@ -325,6 +323,9 @@ class Captures:
             started_at=self._now(),
         )
 
+    def _made_stage(self, interface_id: InterfaceId, name: InterfaceName, settings: Settings) -> Capture:
+        return self._made(interface_id, name, settings, "stage")
+
     async def _attach(self, capture: Capture, fd: int, more: Mapping[str, Any]) -> None:
         """Hand a descriptor to the data plane. If it does not take it, the capture is over."""
         limits = {"max_packets": capture.settings.max_packets, "max_bytes": capture.settings.max_bytes}
@@ -393,21 +394,21 @@ class Captures:
                     log.warning("a capture could not be looked at", capture_id=capture.id, error=error.message)
 
     async def _look_at_tap(self, capture: Capture) -> None:
-        if capture.worker_id is None or not capture.running or capture.stopping:
+        if capture.worker_id is None or not _goes_on(capture):
             return
         try:
             found = await asyncio.to_thread(self._taps.tap_figures, capture.interface_id, capture.worker_id)
         except TunledgerError as error:
             if error.code is not ErrorCode.NOT_FOUND:
                 raise
-            if capture.running and not capture.stopping:  # taken away by somebody who did not wait to hear of it
+            if _goes_on(capture):  # taken away by somebody who did not wait to hear of it
                 await self._register.end(capture, capture.due or "interface_gone")
             return
-        if capture.running and not capture.stopping:  # else these are not the last
+        if _goes_on(capture):  # else these are not the last
             capture.figures.update(found)
 
     async def _act_on(self, capture: Capture) -> None:
-        if not capture.running or capture.stopping:
+        if not _goes_on(capture):
             return
         over = capture.due or own_end(capture.kind, capture.figures)
         if over is not None:
@@ -475,6 +476,10 @@ class Captures:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("a capture's end or next file came to nothing", error=str(task.exception()))
+
+
+def _goes_on(capture: Capture) -> bool:
+    return capture.running and not capture.stopping
 
 
 def _widen(pipe: int, octets: int) -> None:
