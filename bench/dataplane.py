@@ -23,7 +23,7 @@ from bench.latency import measure_latency
 from bench.queues import FORWARD, measure_napi, measure_queues
 from bench.readers import Ours, Reader, c_program, plain_loop
 from bench.samples import DEVICE, ROUNDS, THERE, Sample, flood, look, named, rounds, tcp
-from service.dataplane.supervisor import DataplaneError
+from service.dataplane.errors import DataplaneError
 
 SEGMENT_BYTES, SEGMENTS = 1400, 43  # 60,200 octets: 43 full packets of an MTU of 1,500
 

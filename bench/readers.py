@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench.lab import READER_CPU, Programs, running, worker_of
-from service.dataplane.supervisor import Supervisor, WorkerExit
+from service.dataplane.supervisor import Supervisor
+from service.dataplane.telling import WorkerExit
 from service.dataplane.work import Work
 from service.domain.chain import parse_chain
 

@@ -24,7 +24,10 @@ from service import __version__, failpoints
 from service.api import bodies
 from service.config import WORKERS_MAX, Config
 from service.dataplane import registry
-from service.dataplane.supervisor import DataplaneError, Supervisor, WorkerExit
+from service.dataplane.attachment import Ended
+from service.dataplane.errors import DataplaneError
+from service.dataplane.supervisor import Supervisor
+from service.dataplane.telling import WorkerExit
 from service.dataplane.work import Work
 from service.domain import commands as cmd
 from service.domain import events as ev
@@ -283,6 +286,10 @@ class _Service:
             if engine is not None:
                 loop.call_soon_threadsafe(engine.look_again)
 
+        def on_stage_ended(ended: Ended) -> None:
+            if captures is not None:
+                captures.ended(ended.device, ended.stage, ended.figures, ended.reason)
+
         processors = registry.discover()
         supervisor = Supervisor(
             workers=_workers(self._config.dataplane.workers),
@@ -293,7 +300,7 @@ class _Service:
             packets_per_s=max(1, self._config.logging.packets_per_s),
             files_for=lambda *stage: captures.files_for(*stage) if captures is not None else (),
             on_poke=lambda: captures.poked() if captures is not None else None,
-            on_tap_ended=lambda *tap: captures.ended(*tap) if captures is not None else None,
+            on_stage_ended=on_stage_ended,
         )
         plane = Plane(supervisor)
         # They come up on another processor while the log is read.

@@ -11,8 +11,9 @@ from typing import Any
 
 from service.api.traffic import Applied, End, Flow, Inspected, Kept
 from service.dataplane.attachment import StageStatus
+from service.dataplane.errors import DataplaneError
 from service.dataplane.flowtable import FlowRow, FlowTableReader
-from service.dataplane.supervisor import DataplaneError, Supervisor
+from service.dataplane.supervisor import Supervisor
 from service.domain.errors import ErrorCode, TunledgerError
 from service.packet import pcapng
 
@@ -39,10 +40,10 @@ class Plane:
         with _translated():
             return self._supervisor.untap(device, tap_id)
 
-    def feed(self, device: str, place: int, fd: int) -> None:
+    def feed(self, device: str, stage_id: int, fd: int) -> None:
         """Hand one more file to a tap, or to a stage. Raises TunledgerError."""
         with _translated():
-            self._supervisor.feed(device, place, fd)
+            self._supervisor.feed(device, stage_id, fd)
 
     def tap_figures(self, device: str, tap_id: int) -> Mapping[str, int]:
         """A tap's figures as they are. Raises TunledgerError."""

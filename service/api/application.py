@@ -14,7 +14,7 @@ from litestar.types import ASGIApp
 
 from service import __version__
 from service.api.access import Gate, OwnerOf
-from service.api.captures import CapturesController
+from service.api.captures import CapturesController, KeptController
 from service.api.classic import InterfaceController
 from service.api.counters import CountersController
 from service.api.events import EventLog, EventsController
@@ -92,6 +92,7 @@ def application(
             EventsController,
             CountersController,
             CapturesController,
+            KeptController,
             SchemaController,
         ],
         dependencies={

@@ -1,5 +1,7 @@
 """/api/v1/interfaces/{name}/processing, flows, packets, tail, captures and capture/stream: packets over HTTP.
 
+And /api/v1/captures, where the captures of interfaces that are no more are found.
+
 Packets are as sensitive as commands, and the same callers may have them. What is captured, and when that is told in the
 log, is `service.reconcile.captures`' business; how packets look in words is `service.api.traffic`'s.
 """
@@ -31,9 +33,10 @@ from service.domain import chain as chains
 from service.domain import commands as cmd
 from service.domain.errors import ErrorCode, TunledgerError, invalid, shown_key
 from service.domain.state import Interface
-from service.domain.values import parse_int
+from service.domain.values import parse_int, parse_name
 from service.packet.pcapng import Captured, Reader, whole
-from service.reconcile.captures import Asker, Capture, Captures, Live, Settings
+from service.reconcile.captured import Asker, Capture, Live, Settings
+from service.reconcile.captures import Captures
 
 PCAPNG: Final = "application/x-pcapng"
 PACKETS_MAX: Final = 10**15
@@ -195,7 +198,7 @@ class CapturesController(Controller):
     ) -> Response[bytes]:
         """One capture."""
         parameters(request)
-        capture = captures.find(_existing(orders, name).id, capture_id)
+        capture = captures.find(capture_id, _existing(orders, name).id)
         await captures.look_at([capture])
         return answer(await _told(capture))
 
@@ -212,7 +215,7 @@ class CapturesController(Controller):
         """End a capture; its files stay."""
         parameters(request)
         bodies.nothing(bodies.document(body))
-        capture = captures.find(_existing(orders, name).id, capture_id)
+        capture = captures.find(capture_id, _existing(orders, name).id)
         await captures.stop(capture)
         return answer(await _told(capture))
 
@@ -227,7 +230,7 @@ class CapturesController(Controller):
     ) -> Response[bytes]:
         """End a capture, and delete its files."""
         parameters(request)
-        capture = captures.find(_existing(orders, name).id, capture_id)
+        capture = captures.find(capture_id, _existing(orders, name).id)
         await captures.remove(capture)
         return answer({"id": capture.id, "deleted": True})
 
@@ -243,19 +246,44 @@ class CapturesController(Controller):
     ) -> Stream:
         """One file of a capture, as far as it is written."""
         parameters(request)
-        capture = captures.find(_existing(orders, name).id, capture_id)
-        known = {str(each): path for each, path in capture.files.items()}
-        if number not in known:
-            numbers = ", ".join(known) or "none"
-            raise TunledgerError(ErrorCode.NOT_FOUND, f"{capture_id} has no file {number}; it has {numbers}")
-        path = known[number]
-        growing = capture.running and path == capture.files[max(capture.files)]
-        try:
-            await asyncio.to_thread(path.lstat)
-        except FileNotFoundError:
-            raise TunledgerError(ErrorCode.NOT_FOUND, f"{path.name} is not there any more") from None
-        headers = {"Content-Disposition": f'attachment; filename="{_safe(path)}"'}
-        return Stream(_octets(path, growing=growing), media_type=PCAPNG, headers=headers)
+        return await _file(captures.find(capture_id, _existing(orders, name).id), number)
+
+
+class KeptController(Controller):
+    """/api/v1/captures...: captures by their ids, also of interfaces that are no more."""
+
+    path = "/api/v1/captures"
+
+    @get("")
+    async def list_all(self, request: Request[Any, Any, Any], captures: Captures) -> Response[bytes]:
+        """The captures of all interfaces, the latest last."""
+        given = parameters(request, "name")
+        name = parse_name(given["name"][0], "name") if "name" in given else None
+        found = [each for each in captures.all() if name is None or each.name == name]
+        await captures.look_at(found)
+        return answer({"captures": [await _told(each) for each in found]})
+
+    @get("/{capture_id:str}")
+    async def read(self, request: Request[Any, Any, Any], captures: Captures, capture_id: str) -> Response[bytes]:
+        """One capture."""
+        parameters(request)
+        capture = captures.find(capture_id)
+        await captures.look_at([capture])
+        return answer(await _told(capture))
+
+    @delete("/{capture_id:str}", status_code=200)
+    async def remove(self, request: Request[Any, Any, Any], captures: Captures, capture_id: str) -> Response[bytes]:
+        """End a capture, and delete its files."""
+        parameters(request)
+        capture = captures.find(capture_id)
+        await captures.remove(capture)
+        return answer({"id": capture.id, "deleted": True})
+
+    @get("/{capture_id:str}/files/{number:str}")
+    async def file(self, request: Request[Any, Any, Any], captures: Captures, capture_id: str, number: str) -> Stream:
+        """One file of a capture, as far as it is written."""
+        parameters(request)
+        return await _file(captures.find(capture_id), number)
 
 
 def settings_of(given: Mapping[str, Any]) -> Settings:
@@ -308,6 +336,21 @@ async def _inspected(orders: Orders, traffic_of: Traffic, name: str) -> Inspecte
     )
 
 
+async def _file(capture: Capture, number: str) -> Stream:
+    known = {str(each): path for each, path in capture.files.items()}
+    if number not in known:
+        numbers = ", ".join(known) or "none"
+        raise TunledgerError(ErrorCode.NOT_FOUND, f"{capture.id} has no file {number}; it has {numbers}")
+    path = known[number]
+    growing = capture.running and path == capture.files[max(capture.files)]
+    try:
+        await asyncio.to_thread(path.lstat)
+    except FileNotFoundError:
+        raise TunledgerError(ErrorCode.NOT_FOUND, f"{path.name} is not there any more") from None
+    headers = {"Content-Disposition": f'attachment; filename="{_safe(path)}"'}
+    return Stream(_octets(path, growing=growing), media_type=PCAPNG, headers=headers)
+
+
 async def _told(capture: Capture) -> dict[str, Any]:
     sizes = await asyncio.to_thread(_sizes, dict(capture.files))
     return {
@@ -315,7 +358,7 @@ async def _told(capture: Capture) -> dict[str, Any]:
         "name": capture.name,
         "state": "running" if capture.running else "stopped",
         "reason": capture.reason,
-        "stage": -1 - capture.place if capture.kind == "stage" and capture.running else None,
+        "stage": capture.stage if capture.running else None,
         "started_at": capture.started_at,
         "stopped_at": capture.stopped_at,
         "settings": capture.settings.to_json(),

@@ -150,7 +150,7 @@ PARAMETERS: Final[dict[str, Schema]] = {
         "name": "capture_id",
         "in": "path",
         "required": True,
-        "description": "of a capture of this interface",
+        "description": "of a capture",
         "schema": ID,
     },
     "DryRun": {
@@ -791,6 +791,14 @@ def _counters() -> list[Operation]:
 def _packets() -> list[Operation]:
     one = "/api/v1/interfaces/{name}"
     capture = f"{one}/captures/{{capture_id}}"
+    kept = "/api/v1/captures/{capture_id}"
+    number = {
+        "name": "number",
+        "in": "path",
+        "required": True,
+        "description": "as in `files` of the capture",
+        "schema": integer(minimum=0, maximum=10**9),
+    }
     read = (_E.INVALID_FIELD, _E.NO_INTERFACE)
     told = (*_LOG_READ, _E.LOG_FULL, _E.SHUTTING_DOWN, _E.OUTCOME_UNKNOWN)
     begun = (*read, _E.NOT_RUNNING, _E.TOO_MANY_CAPTURES, _E.WORKER_FAILED, *told)
@@ -935,7 +943,7 @@ def _packets() -> list[Operation]:
             description="Its files stay. One that is a stage of the chain ends with that.",
             parameters=("Name", "CaptureId"),
             answers={200: Answer(schema=ref("Capture"), description="it is over")},
-            codes=(*read, *_BODY, _E.NOT_FOUND, *told),
+            codes=(*read, *_BODY, _E.NOT_FOUND, _E.PART_OF_CHAIN, *told),
         ),
         Operation(
             method="delete",
@@ -946,7 +954,7 @@ def _packets() -> list[Operation]:
             description="Ended first, if it is under way; then its files are deleted.",
             parameters=("Name", "CaptureId"),
             answers={200: Answer(schema=ref("CaptureDeleted"), description="it is gone")},
-            codes=(*read, _E.NOT_FOUND, *told),
+            codes=(*read, _E.NOT_FOUND, _E.PART_OF_CHAIN, *told),
         ),
         Operation(
             method="get",
@@ -955,19 +963,52 @@ def _packets() -> list[Operation]:
             tag="packets",
             summary="Fetch a file of a capture",
             description="As far as it is written: works while the capture goes on.",
-            parameters=(
-                "Name",
-                "CaptureId",
-                {
-                    "name": "number",
-                    "in": "path",
-                    "required": True,
-                    "description": "as in `files` of the capture",
-                    "schema": integer(minimum=0, maximum=10**9),
-                },
-            ),
+            parameters=("Name", "CaptureId", number),
             answers={200: octets},
             codes=(*read, _E.NOT_FOUND),
+        ),
+        Operation(
+            method="get",
+            path="/api/v1/captures",
+            id="listAllCaptures",
+            tag="packets",
+            summary="Captures of all interfaces",
+            description="Also of interfaces that are no more: files stay until they are deleted. The latest last.",
+            parameters=(_query("name", "of interfaces that have, or had, this name", NAME),),
+            answers={200: Answer(schema=ref("CaptureList"), description="the captures")},
+            codes=(_E.INVALID_FIELD,),
+        ),
+        Operation(
+            method="get",
+            path=kept,
+            id="readKeptCapture",
+            tag="packets",
+            summary="Read a capture by its id",
+            parameters=("CaptureId",),
+            answers={200: Answer(schema=ref("Capture"), description="the capture")},
+            codes=(_E.INVALID_FIELD, _E.NOT_FOUND),
+        ),
+        Operation(
+            method="delete",
+            path=kept,
+            id="deleteKeptCapture",
+            tag="packets",
+            summary="Delete a capture by its id",
+            description="Ended first, if it is under way; then its files are deleted.",
+            parameters=("CaptureId",),
+            answers={200: Answer(schema=ref("CaptureDeleted"), description="it is gone")},
+            codes=(_E.INVALID_FIELD, _E.NOT_FOUND, _E.PART_OF_CHAIN, *told),
+        ),
+        Operation(
+            method="get",
+            path=f"{kept}/files/{{number}}",
+            id="readKeptCaptureFile",
+            tag="packets",
+            summary="Fetch a file of a capture by its id",
+            description="As far as it is written: works while the capture goes on.",
+            parameters=("CaptureId", number),
+            answers={200: octets},
+            codes=(_E.INVALID_FIELD, _E.NOT_FOUND),
         ),
     ]
 

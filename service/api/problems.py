@@ -25,6 +25,7 @@ STATUS: Final[Mapping[ErrorCode, HTTPStatus]] = {
     ErrorCode.ALREADY_RUNNING: HTTPStatus.CONFLICT,
     ErrorCode.NOT_RUNNING: HTTPStatus.CONFLICT,
     ErrorCode.NOT_INSPECTED: HTTPStatus.CONFLICT,
+    ErrorCode.PART_OF_CHAIN: HTTPStatus.CONFLICT,
     ErrorCode.VERSION_CONFLICT: HTTPStatus.CONFLICT,
     ErrorCode.DEVICE_BUSY: HTTPStatus.CONFLICT,
     ErrorCode.NEEDS_RECREATE: HTTPStatus.CONFLICT,

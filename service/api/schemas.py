@@ -683,7 +683,7 @@ _CAPTURE: Final = record(
                 "why it is over",
                 enum=[
                     *("asked", "finished", "interface_gone", "worker_exit", "disk_full", "write_failed"),
-                    *("shutdown", "crash", "client_gone"),
+                    *("moved", "refused", "shutdown", "crash", "client_gone"),
                 ],
             )
         ),

@@ -15,6 +15,10 @@ from service.dataplane.worker_process import WorkerProcess
 
 Busy = Literal["attaching", "detaching", "changing"]
 
+Ending = Literal["removed", "refused", "moved", "interface_gone", "worker_exit"]
+"""Why a stage or tap is over: taken out of its chain, never begun, its device moved to another worker, its device gone,
+its worker ended."""
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceCounters:
@@ -33,13 +37,27 @@ class DeviceCounters:
 
 @dataclass(frozen=True, slots=True)
 class StageStatus:
-    """A stage of a device's chain. `figures` are the processor's own; all start at zero when the stage is made."""
+    """A stage of a device's chain. `figures` are the processor's own; all start at zero when the stage is made.
+
+    `id` is unique to the set-up and stays with it while chains around it change; 0 of a stage that is bypassed.
+    """
 
     processor: str
     bypassed: bool
     packets_in: int
     packets_out: int
     figures: Mapping[str, int]
+    id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A stage or tap that is over, with the figures that it had once its worker was done with it."""
+
+    device: str
+    stage: int
+    figures: Mapping[str, int]
+    reason: Ending
 
 
 @dataclass(slots=True, eq=False)
@@ -47,16 +65,18 @@ class Held:
     """A stage that a worker has.
 
     Attributes:
+        id: unique to this set-up, whatever its place becomes.
         setup: as the worker was told.
         figures: the names of its own, as the worker said.
         memory: what it shares with the service, read-only.
-        tap: the id of a tap.
+        told: somebody gave files for it, and is to hear of its end.
     """
 
+    id: int
     setup: StageSetup
     figures: Sequence[str] = ()
     memory: memoryview | None = None
-    tap: int | None = None
+    told: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -101,16 +121,19 @@ class Attachment:
         total = self.figures()
         self.before = layout.SlotFigures(dict(total.from_kernel), dict(total.to_kernel), dict(total.drops))
 
+    def held(self) -> list[Held]:
+        """All its stages and taps."""
+        return [held for held in (*self.taps, *self.stages) if held is not None]
+
     def free_areas(self) -> list[int]:
         """Areas that no stage of it has."""
-        used = {held.setup.area for held in (*self.stages, *self.taps) if held is not None}
+        used = {held.setup.area for held in self.held()}
         return [area for area in range(layout.AREAS) if area not in used]
 
     def name_figures(self, names: Mapping[str, Any]) -> None:
         """Keep what the worker said of its stages: area (JSON: as text) to names."""
-        for held in (*self.stages, *self.taps):
-            if held is not None:
-                held.figures = [str(name) for name in names.get(str(held.setup.area), ())]
+        for held in self.held():
+            held.figures = [str(name) for name in names.get(str(held.setup.area), ())]
 
     def own_figures(self, held: Held) -> dict[str, int]:
         """The figures of one stage."""
@@ -125,12 +148,12 @@ class Attachment:
                 continue
             into, out, *own = self.worker.counters.read_area(self.slot, held.setup.area)
             figures = dict(zip(held.figures, own, strict=False))
-            found.append(StageStatus(stage["processor"], False, into, out, figures))
+            found.append(StageStatus(stage["processor"], False, into, out, figures, held.id))
         return found
 
     def by_area(self, area: int) -> tuple[Work, Held] | None:
         """The stage that has this area, and what it is part of."""
-        present = (self.work, [held for held in (*self.taps, *self.stages) if held is not None])
+        present = (self.work, self.held())
         for work, stages in (present, self.coming or present):
             for held in stages:
                 if held.setup.area == area:

@@ -8,18 +8,20 @@ import fcntl
 import mmap
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from service.dataplane.attachment import Held
 from service.dataplane.registry import BUILT_IN, Registry, UnknownProcessorError
-from service.dataplane.work import Setup, Stage, StageSetup, encode, options
+from service.dataplane.work import Setup, StageSetup, encode, options
 
 FilesFor = Callable[[str, str, int, dict[str, Any]], Sequence[int]]
+"""Device, name, the stage's id and its JSON to descriptors."""
 
 
 class Provisions:
-    """Makes what stages need. `files_for` gets device, name, place and stage of a processor that wants files; it is
-    called for each new stage, and its descriptors are ours to close.
+    """Makes what stages need. `files_for` is called for each new stage of a processor that wants files; its descriptors
+    are ours to close.
     """
 
     def __init__(self, files_for: FilesFor | None) -> None:
@@ -27,14 +29,16 @@ class Provisions:
         self._ours: Final = Registry({})
 
     def stage(
-        self, device: str, name: str, place: int, area: int, spec: Stage, given: Sequence[int] = ()
+        self, device: str, name: str, stage_id: int, setup: StageSetup, given: Sequence[int] = ()
     ) -> tuple[Held, list[int]]:
         """Make a stage ready for a worker; return it and the descriptors to send, to be closed afterwards.
 
         `given` are descriptors for it that the caller keeps. Raises OSError, and what `files_for` raises.
         """
+        spec = setup.spec
         files = [os.dup(fd) for fd in given]
         memory: memoryview | None = None
+        told = False
         try:
             found = self._ours.find(str(spec["processor"])) if spec["processor"] in BUILT_IN else None
         except UnknownProcessorError:
@@ -47,11 +51,12 @@ class Provisions:
                 files.insert(0, fd)
                 memory = memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ))
             if getattr(found, "wants_files", False) and self._files_for is not None and not given:
-                files += self._files_for(device, name, place, dict(spec))
+                files += self._files_for(device, name, stage_id, dict(spec))
+                told = True
         except BaseException:
             close_all(files)
             raise
-        return Held(StageSetup(area, place, spec, len(files)), memory=memory), files
+        return Held(stage_id, replace(setup, files=len(files)), memory=memory, told=told), files
 
 
 def sealed_memory(name: str, size: int) -> int:

@@ -40,6 +40,7 @@ class ErrorCode(StrEnum):
     CAPTURE_FAILED = "capture_failed"
     TOO_MANY_CAPTURES = "too_many_captures"
     NOT_INSPECTED = "not_inspected"
+    PART_OF_CHAIN = "part_of_chain"
     LOG_UNAVAILABLE = "log_unavailable"
     LOG_FULL = "log_full"
     LOG_CORRUPT = "log_corrupt"

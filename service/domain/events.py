@@ -214,7 +214,8 @@ class CaptureStopped(msgspec.Struct, frozen=True, kw_only=True):
     """Observation: a capture ended, with all that it got.
 
     `reason`: asked, finished (a limit of its own), client_gone, interface_gone (or its processing stopped),
-    worker_exit, disk_full, write_failed, shutdown or crash (found at start-up; the figures are then 0).
+    worker_exit, moved (to another worker), refused (it never began), disk_full, write_failed, shutdown or crash (found
+    at start-up; the figures are then 0).
     """
 
     interface_id: InterfaceId

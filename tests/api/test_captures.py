@@ -173,6 +173,45 @@ def test_a_file_that_somebody_deleted_is_not_found(running: Running) -> None:
     assert refused(running, "GET", f"/captures/{capture['id']}/files/0") == (404, "not_found")
 
 
+def test_captures_of_an_interface_that_is_no_more_are_listed_fetched_and_deleted(running: Running) -> None:
+    capture = running.call("POST", f"{BASE}/captures").json()
+    ((_, (fd,)),) = running.traffic.taps.values()
+    os.write(fd, b"octets")
+    assert running.call("DELETE", BASE).status_code == 200
+    assert refused(running, "GET", "/captures") == (404, "no_interface")
+    assert running.call("POST", "/api/v1/interfaces", {"name": "tun0"}).status_code == 201
+    assert running.call("GET", f"{BASE}/captures").json() == {"captures": []}, "another one of that name"
+    assert refused(running, "GET", f"/captures/{capture['id']}") == (404, "not_found")
+    running.run(running.captures.stop(running.captures.find(capture["id"])))  # its worker let go of it
+    where = f"/api/v1/captures/{capture['id']}"
+    for query in ("", "?name=tun0"):
+        listed = running.call("GET", f"/api/v1/captures{query}").json()
+        (found,) = listed["captures"]
+        assert (found["id"], found["name"], found["state"]) == (capture["id"], "tun0", "stopped")
+    assert running.call("GET", "/api/v1/captures?name=tun1").json() == {"captures": []}
+    assert running.call("GET", "/api/v1/captures?name=a/b").status_code == 400
+    assert running.call("GET", where).json() == found
+    assert running.call("GET", f"{where}/files/0").content == b"octets"
+    assert running.call("DELETE", where).json() == {"id": capture["id"], "deleted": True}
+    assert running.call("GET", where).status_code == 404
+    assert list((running.path.parent / "captures").iterdir()) == []
+
+
+@pytest.mark.parametrize(("method", "place"), [("POST", "/stop"), ("DELETE", "")])
+def test_a_stage_of_a_chain_is_ended_by_changing_the_chain_and_the_answer_says_so(
+    running: Running, method: str, place: str
+) -> None:
+    (device,) = running.traffic.attached()
+    options = {"snaplen": 64, "size_bytes": None, "interval_s": None, "files": 1}
+    for fd in running.captures.files_for(device, "tun0", 7, options):
+        os.close(fd)
+    (capture,) = running.call("GET", f"{BASE}/captures").json()["captures"]
+    answer = running.call(method, f"{BASE}/captures/{capture['id']}{place}")
+    assert (answer.status_code, answer.json()["code"]) == (409, "part_of_chain")
+    assert "take it out of processing.chain" in answer.json()["detail"]
+    assert running.call("GET", f"{BASE}/captures/{capture['id']}").json()["state"] == "running"
+
+
 def test_a_tail_says_what_it_left_out_and_its_readers_end_ends_it(running: Running) -> None:
     host, port = running.listen()
     with socket.create_connection((host, port), timeout=20) as client:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from service.dataplane.supervisor import Supervisor, WorkerExit
+from service.dataplane.supervisor import Supervisor
+from service.dataplane.telling import WorkerExit
 from tests.dataplane import tun
 
 _CLONE_NEWNET = 0x40000000

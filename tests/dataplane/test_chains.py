@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from service.dataplane import syscalls
-from service.dataplane.supervisor import DataplaneError, Supervisor
+from service.dataplane.errors import DataplaneError
+from service.dataplane.supervisor import Supervisor
 from service.dataplane.work import Work
 from tests.dataplane.conftest import Observed, StartSupervisor, Until
 from tests.dataplane.sample_processors import NAMES
@@ -257,7 +258,7 @@ def test_whatever_fails_after_a_device_was_released_has_it_lost_and_told_of(
         raise MemoryError("nothing left")
 
     with monkeypatch.context() as patched:
-        patched.setattr("service.dataplane.supervisor.written", fails)
+        patched.setattr("service.dataplane.handover.written", fails)
         with pytest.raises(MemoryError):
             supervisor.configure("b", sending)
     assert observed.lost == [("a", "nothing left")]
@@ -335,7 +336,7 @@ def test_a_device_that_others_do_not_finish_with_is_busy(
     first.start()
     assert files.entered.wait(10)
     with monkeypatch.context() as patched:
-        patched.setattr("service.dataplane.supervisor.REQUEST_TIMEOUT_S", 0.1)
+        patched.setattr("service.dataplane.roster.BUSY_TIMEOUT_S", 0.1)
         with pytest.raises(DataplaneError) as caught:
             supervisor.configure("a", chain(COUNT))
         assert (caught.value.code, caught.value.retry) == ("device_busy", True)
@@ -349,9 +350,9 @@ def test_nobody_waits_in_a_circle(start: Start, feed: MakeFeed) -> None:
     supervisor = start()
     for key in "ab":
         supervisor.attach(key, feed().fd, mode="tun")
-    with supervisor._claimed("a") as first, supervisor._claimed("b") as second:
+    with supervisor._roster.claimed("a") as first, supervisor._roster.claimed("b") as second:
         first.waits = True  # for b
-        with pytest.raises(DataplaneError, match="changed by another call"), supervisor._claimed("a", second):
+        with pytest.raises(DataplaneError, match="changed by another call"), supervisor._roster.claimed("a", second):
             pass
         first.waits = False
 

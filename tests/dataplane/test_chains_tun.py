@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from service.dataplane.supervisor import DataplaneError, Supervisor
+from service.dataplane.errors import DataplaneError
+from service.dataplane.supervisor import Supervisor
 from service.dataplane.work import Work
 from service.packet.checksum import ones_complement_sum
 from tests.dataplane import tun

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from service.dataplane.attachment import Ended
 from service.dataplane.crashes import RESTART_MAX_S, Crashes, restart_delay_s
-from service.dataplane.supervisor import DataplaneError, Supervisor
+from service.dataplane.errors import DataplaneError
+from service.dataplane.supervisor import Supervisor
 from service.dataplane.work import Work
 from tests.dataplane.conftest import Observed, Until
 from tests.dataplane.test_chains import COUNT, Start, chain, drops, start
@@ -62,7 +64,7 @@ def test_a_worker_killed_from_outside_is_nobodys_crash(
     send = attach(supervisor, feed, "a", chain({"processor": "crash", "how": "hang"}))
     send(DEADLY)
     until(lambda: supervisor.stages("a")[0].packets_in == 1)
-    os.kill(supervisor._posts[0].live.pid, 9)  # type: ignore[union-attr]
+    os.kill(supervisor._roster.posts[0].live.pid, 9)  # type: ignore[union-attr]
     until(lambda: observed.exits)
     assert observed.exits[0].crash is None
 
@@ -141,8 +143,8 @@ def test_back_off_is_bounded_and_ends_with_a_quiet_time() -> None:
 def test_a_tap_sees_what_the_wire_would_and_ends_with_its_figures(
     start: Start, feed: MakeFeed, until: Until, observed: Observed
 ) -> None:
-    ended: list[tuple[Any, ...]] = []
-    supervisor = start(on_tap_ended=lambda *said: ended.append(said))
+    ended: list[Ended] = []
+    supervisor = start(on_stage_ended=ended.append)
     send = attach(supervisor, feed, "a", chain({"processor": "drop", "first": 0x60}))
     first, second = os.pipe(), os.pipe()
     tap = supervisor.tap("a", {"processor": "sink"}, [first[1]])
@@ -169,15 +171,15 @@ def test_a_tap_sees_what_the_wire_would_and_ends_with_its_figures(
     again = supervisor.tap("a", {"processor": "count"})
     assert ended == []
     supervisor.detach("a")
-    ((device, which, figures, reason),) = ended
-    assert (device, which, reason) == ("a", again, "the interface is no longer processed")
-    assert set(figures) == {"seen", "octets", "ticks"}
+    (end,) = ended
+    assert (end.device, end.stage, end.reason) == ("a", again, "interface_gone")
+    assert set(end.figures) == {"seen", "octets", "ticks"}
     assert observed.exits == []
 
 
 def test_a_tap_that_crashes_is_not_put_back(start: Start, feed: MakeFeed, until: Until, observed: Observed) -> None:
-    ended: list[tuple[Any, ...]] = []
-    supervisor = start(on_tap_ended=lambda *said: ended.append(said))
+    ended: list[Ended] = []
+    supervisor = start(on_stage_ended=ended.append)
     send = attach(supervisor, feed, "a", chain(COUNT))
     tap = supervisor.tap("a", {"processor": "crash"})
     send(DEADLY)
@@ -185,6 +187,6 @@ def test_a_tap_that_crashes_is_not_put_back(start: Start, feed: MakeFeed, until:
     crash = observed.exits[0].crash
     assert crash is not None
     assert (crash.stage, crash.processor, crash.then) == (-1, "crash", "bypass")
-    assert ended == [("a", tap, {}, "its worker died: exit 1")]
+    assert ended == [Ended("a", tap, {}, "worker_exit")]
     attach(supervisor, feed, "a", chain(COUNT))(DEADLY)
     until(lambda: drops(supervisor, "a") == {"end_of_chain": 1})

@@ -17,13 +17,10 @@ from hypothesis import strategies as st
 
 from service.dataplane.attachment import DeviceCounters
 from service.dataplane.contract import Mode
-from service.dataplane.supervisor import (
-    RESPAWN_MAX_S,
-    DataplaneError,
-    Supervisor,
-    WorkerExit,
-    respawn_delay_s,
-)
+from service.dataplane.errors import DataplaneError
+from service.dataplane.posts import RESPAWN_MAX_S, respawn_delay_s
+from service.dataplane.supervisor import Supervisor
+from service.dataplane.telling import WorkerExit
 from service.dataplane.worker_process import PeerGoneError, WorkerProcess
 from service.packet.classify import CLASSES, classify
 from tests.dataplane.conftest import Observed, StartSupervisor, Until
@@ -229,7 +226,7 @@ def test_on_exit_does_not_wait_for_a_worker_that_only_its_own_thread_can_start(
         codes.append(caught.value.code)
 
     supervisor = start_supervisor(on_exit=on_exit)
-    monkeypatch.setattr("service.dataplane.supervisor.respawn_delay_s", lambda _: 60.0)
+    monkeypatch.setattr("service.dataplane.posts.respawn_delay_s", lambda _: 60.0)
     os.kill(only_worker(), signal.SIGKILL)
     until(lambda: codes == ["no_worker"], within_s=1.0)
 
@@ -269,7 +266,7 @@ def test_no_worker_in_time_is_an_error_worth_another_try(
     start_supervisor: StartSupervisor, feed: MakeFeed, until: Until, observed: Observed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     supervisor = start_supervisor()
-    monkeypatch.setattr("service.dataplane.supervisor.respawn_delay_s", lambda _: 60.0)
+    monkeypatch.setattr("service.dataplane.posts.respawn_delay_s", lambda _: 60.0)
     monkeypatch.setattr("service.dataplane.supervisor.REQUEST_TIMEOUT_S", 0.05)
     os.kill(only_worker(), signal.SIGKILL)
     until(lambda: observed.exits)
@@ -492,7 +489,7 @@ def test_pokes_are_told_of_every_100_ms_at_most_and_the_last_one_is(
 ) -> None:
     told: list[float] = []
     supervisor = start_supervisor(on_poke=lambda: told.append(time.monotonic()))
-    worker = supervisor._posts[0].live
+    worker = supervisor._roster.posts[0].live
     assert worker is not None
     end = time.monotonic() + 0.35
     pause = threading.Event()
@@ -505,7 +502,7 @@ def test_pokes_are_told_of_every_100_ms_at_most_and_the_last_one_is(
 
 
 def test_a_descriptor_that_comes_with_nonsense_is_closed(start_supervisor: StartSupervisor) -> None:
-    worker = start_supervisor()._posts[0].live
+    worker = start_supervisor()._roster.posts[0].live
     assert worker is not None
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -1,6 +1,8 @@
 """What people see of packets, end to end: captures that tcpdump reads, live and from files, and packets in words."""
 
+import contextlib
 import hashlib
+import os
 import shutil
 import signal
 import socket
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from service.domain import events as ev
 from service.packet.pcapng import Captured, Reader
 from tests.e2e.harness import ROOT, Service, eventually
 
@@ -136,6 +139,52 @@ def test_a_capture_ends_with_the_processing_of_its_interface(running: Service) -
     assert (told(running)[-1].reason, told(running)[-1].packets) == ("interface_gone", 2)
     status, problem = running.call("POST", f"{BASE}/captures", {})
     assert (status, problem["code"]) == (409, "not_running")
+
+
+def workers(service: Service) -> list[int]:
+    """The worker processes that are up."""
+    assert service.process is not None
+    found: list[int] = []
+    for task in Path(f"/proc/{service.process.pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread that ended meanwhile
+            found += [int(pid) for pid in (task / "children").read_text().split()]
+    return [pid for pid in found if Path(f"/proc/{pid}/comm").read_text().startswith("tunledger-dp")]
+
+
+@needs_curl
+def test_captures_that_a_killed_worker_takes_along_say_so_and_have_what_is_in_their_files(running: Service) -> None:
+    stage = {"processor": "capture", "files": 3}
+    assert running.call("PATCH", BASE, {"processing": {"chain": [stage]}})[0] == 200
+    running.call("POST", f"{BASE}/captures", {})
+    with subprocess.Popen(["curl", "-sN", url(running, f"{BASE}/capture/stream")], stdout=subprocess.DEVNULL) as curl:
+        try:
+            eventually(lambda: len(told(running)) == 3, what="three captures")
+            ping(3)
+            eventually(
+                lambda: [each["packets"] for each in running.ok("GET", f"{BASE}/captures")["captures"]] == [3, 3, 3],
+                what="3 packets in each",
+            )
+            (pid,) = workers(running)
+            os.kill(pid, signal.SIGKILL)
+            eventually(lambda: len(told(running)) >= 6, what="the ends of three captures")
+            assert curl.wait(20) == 0, "the stream ends"
+        finally:
+            curl.kill()
+    ends = [body for body in told(running) if isinstance(body, ev.CaptureStopped)]
+    assert [(end.reason, end.packets) for end in ends] == [("worker_exit", 3)] * 3
+    # Its next worker has the stage in a capture of its own; taking it out of the chain ends that with all it wrote.
+    found = eventually(
+        lambda: [each for each in running.ok("GET", f"{BASE}/captures")["captures"] if each["stage"] == 0], what="anew"
+    )
+    with subprocess.Popen(["ping", "-f", "-q", "-w", "20", PEER], stdout=subprocess.DEVNULL) as pinging:
+        try:
+            where = f"{BASE}/captures/{found[0]['id']}"
+            eventually(lambda: running.ok("GET", where)["packets"] > 100, 20, "packets")
+            assert running.call("PATCH", BASE, {"processing": {"chain": []}})[0] == 200
+        finally:
+            pinging.terminate()
+    end = eventually(lambda: [b for b in told(running) if b.capture_id == found[0]["id"]][1:], what="its end")[0]
+    assert (end.reason, end.packets) == ("asked", len(read_back(fetched(running, f"{where}/files/0"))))
 
 
 def test_tail_reads_like_tcpdump(running: Service) -> None:

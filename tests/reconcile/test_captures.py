@@ -5,7 +5,9 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import itertools
 import os
+import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
@@ -19,8 +21,9 @@ from service.domain import commands as cmd
 from service.domain import events as ev
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.values import InterfaceId, InterfaceName
-from service.reconcile import captures
-from service.reconcile.captures import Asker, Capture, Captures, Settings
+from service.reconcile import capture_stages
+from service.reconcile.captured import Asker, Capture, Settings
+from service.reconcile.captures import Captures
 from service.store.reader import LogReader, Selection
 
 TUN0, NAME = InterfaceId("01890000-0000-7000-8000-000000000001"), InterfaceName("tun0")
@@ -30,15 +33,8 @@ STAGE = {"snaplen": 128, "size_bytes": 4096, "interval_s": None, "files": 2}
 
 @dataclass
 class Stage:
-    processor: str
+    id: int
     figures: Mapping[str, int] = field(default_factory=dict)
-    spec: Mapping[str, Any] = field(default_factory=lambda: STAGE)
-    bypassed: bool = False
-
-
-@dataclass
-class Work:
-    chain: Sequence[Mapping[str, Any]]
 
 
 class Plane:
@@ -77,10 +73,10 @@ class Plane:
             os.close(fd)
         return self.figures[tap_id]
 
-    def feed(self, _: str, place: int, fd: int) -> None:
+    def feed(self, _: str, stage_id: int, fd: int) -> None:
         if self.trouble:
             raise self.trouble.pop(0)
-        self.files.setdefault(place, []).append(os.dup(fd))
+        self.files.setdefault(stage_id, []).append(os.dup(fd))
 
     def tap_figures(self, _: str, tap_id: int) -> Mapping[str, int]:
         return self.figures[tap_id]
@@ -88,15 +84,13 @@ class Plane:
     def stages(self, _: str) -> Sequence[Stage]:
         return self.chain
 
-    def applied(self, device: str) -> Work | None:
-        return Work([stage.spec for stage in self.chain]) if device in self.held else None
-
 
 class World:
     def __init__(self, folder: Path, **more: Any) -> None:
         self.log: list[tuple[str, Any]] = []
         self.plane = Plane(self.log)
         self.trimmed: list[Path] = []
+        self.stage_ids = itertools.count(100)
         self.folder = folder / "captures"
         self.captures = Captures(
             self.plane,
@@ -117,14 +111,20 @@ class World:
     async def start(self, **settings: Any) -> Capture:
         return await self.captures.start(TUN0, NAME, Settings(**{"snaplen": 128, **settings}), ASKER)
 
-    async def set_up(self, stage: int = 0, **options: Any) -> Capture:
+    async def set_up(self, **options: Any) -> Capture:
         """The data plane asks for a stage's file."""
-        before = {each.id for each in self.captures.all(TUN0)}
-        for fd in await asyncio.to_thread(self.captures.files_for, TUN0, "tun0", stage, {**STAGE, **options}):
+        stage_id = next(self.stage_ids)
+        for fd in await asyncio.to_thread(self.captures.files_for, TUN0, "tun0", stage_id, {**STAGE, **options}):
             os.write(fd, b"head")
             os.close(fd)
-        (made,) = [each for each in self.captures.all(TUN0) if each.id not in before]
+        (made,) = [each for each in self.captures.all(TUN0) if each.worker_id == stage_id]
         return made
+
+    async def end(self, capture: Capture, reason: str, **figures: int) -> None:
+        """The data plane tells of an end."""
+        assert capture.worker_id is not None
+        self.captures.ended(TUN0, capture.worker_id, figures, reason)
+        await until(lambda: not capture.running)
 
     def told(self) -> list[str]:
         return [kind for kind, _ in self.log]
@@ -180,7 +180,7 @@ async def test_files_belong_to_the_service_alone_and_stay_until_they_are_removed
         await w.captures.remove(capture)
         assert not path.exists()
         with pytest.raises(TunledgerError, match="no capture"):
-            w.captures.find(TUN0, capture.id)
+            w.captures.find(capture.id, TUN0)
 
 
 @on_a_loop
@@ -190,7 +190,7 @@ async def test_what_the_log_does_not_take_is_not_captured(tmp_path: Path) -> Non
         async def refuse(*_: Any, **__: Any) -> None:
             raise TunledgerError(ErrorCode.LOG_FULL, "full", retry=True)
 
-        w.captures._record = refuse
+        w.captures._register._record = refuse
         with pytest.raises(TunledgerError, match="full"):
             await w.start()
         assert w.told() == []
@@ -275,7 +275,8 @@ async def test_a_capture_ends_when_its_time_is_over(tmp_path: Path) -> None:
 async def test_a_capture_whose_worker_died_is_over_with_the_figures_it_had(tmp_path: Path) -> None:
     async with world(tmp_path) as w:
         capture = await w.start()
-        w.captures.ended(TUN0, capture.place, {"packets": 9}, "worker_exit")
+        assert capture.worker_id is not None
+        w.captures.ended(TUN0, capture.worker_id, {"packets": 9}, "worker_exit")
         await until(lambda: w.stops() == [("worker_exit", 9, 0)])
         await w.captures.stop(capture)
         assert len(w.stops()) == 1
@@ -296,24 +297,80 @@ async def test_a_live_capture_ends_with_its_reader(tmp_path: Path) -> None:
         assert w.log[0][1].live
 
 
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        ("worker_exit", "worker_exit"),
+        ("interface_gone", "interface_gone"),
+        ("moved", "moved"),
+        ("removed", "asked"),
+        ("refused", "refused"),
+    ],
+)
+@on_a_loop
+async def test_the_end_of_a_stage_is_told_with_its_reason_and_last_figures(
+    reason: str, told: str, tmp_path: Path
+) -> None:
+    async with world(tmp_path) as w:
+        capture = await w.set_up()
+        w.plane.chain = [Stage(0), Stage(100, {"packets": 4})]
+        await w.captures.look_at([capture])
+        assert (capture.stage, capture.figures["packets"]) == (1, 4)
+        await w.end(capture, reason, packets=9)
+        w.plane.chain = [Stage(100, {"packets": 5})]
+        await w.captures.look_at([capture])
+        assert w.stops() == [(told, 9, 0)]
+        assert capture.figures["packets"] == 9
+        assert w.captures.all(TUN0) == [capture], "its file is not empty"
+
+
+@on_a_loop
+async def test_what_was_refused_before_anything_was_written_leaves_nothing(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        capture = await w.set_up()
+        (path,) = capture.files.values()
+        path.write_bytes(b"")
+        await w.end(capture, "refused")
+        await until(lambda: not path.exists() and w.captures.all(TUN0) == [])
+        assert w.stops() == [("refused", 0, 0)]
+
+
+@on_a_loop
+async def test_an_end_that_comes_before_the_taps_id_is_known_is_heard(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        tap = w.plane.tap
+
+        def dies(device: str, stage: Mapping[str, Any], files: Sequence[int]) -> int:
+            made = tap(device, stage, files)
+            w.captures.ended(device, made, {"packets": 3}, "worker_exit")
+            time.sleep(0.1)  # the loop hears of it first
+            return made
+
+        w.plane.tap = dies  # type: ignore[method-assign]
+        capture = await w.start()
+        assert (capture.reason, w.stops()) == ("worker_exit", [("worker_exit", 3, 0)])
+
+
+@on_a_loop
+async def test_a_full_disk_that_shows_only_in_the_last_figures_is_the_reason(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        capture = await w.set_up()
+        await w.end(capture, "removed", packets=2, stopped=errno.ENOSPC)
+        assert w.stops() == [("disk_full", 2, 0)]
+        await until(lambda: w.trimmed == list(capture.files.values()))
+
+
 @on_a_loop
 async def test_a_stage_of_a_chain_gets_its_files_and_is_in_the_log(tmp_path: Path) -> None:
     async with world(tmp_path) as w:
-        files = await asyncio.to_thread(w.captures.files_for, TUN0, "tun0", 1, STAGE)
+        capture = await w.set_up()
         assert w.told() == ["CaptureStarted"]
-        (capture,) = w.captures.all(TUN0)
-        w.plane.chain = [Stage("inspect"), Stage("capture", {"packets": 4, "files_wanted": 1})]
+        w.plane.chain = [Stage(100, {"packets": 4, "files_wanted": 1})]
         await w.captures.look_at([capture])
-        assert len(w.plane.files[-2]) == 1
-        w.plane.chain.insert(0, Stage("filter"))  # now at place 2
-        await w.captures.look_at([capture])
-        assert capture.running
+        assert len(w.plane.files[100]) == 1
         with pytest.raises(TunledgerError, match=r"processing\.chain"):
             await w.captures.stop(capture)
-        w.plane.chain = [Stage("inspect")]
-        await w.captures.look_at([capture])
-        assert w.stops() == [("asked", 4, 0)]
-        for fd in (*files, *w.plane.files[-2]):
+        for fd in w.plane.files[100]:
             os.close(fd)
 
 
@@ -372,49 +429,16 @@ async def test_a_file_that_is_not_taken_is_given_again_at_the_next_look(tmp_path
 
 
 @on_a_loop
-async def test_a_stage_before_which_another_comes_keeps_its_record(tmp_path: Path) -> None:
-    async with world(tmp_path) as w:
-        a = await w.set_up()
-        w.plane.chain = [Stage("capture", {"packets": 5})]
-        await w.captures.look_at([a])
-        b = await w.set_up(snaplen=64)
-        await w.captures.look_at([a])  # meanwhile the old chain is at work
-        w.plane.chain = [Stage("capture", {"packets": 7}, {**STAGE, "snaplen": 64}), Stage("capture", {"packets": 9})]
-        await w.captures.look_at([a])
-        assert [(each.place, each.figures["packets"]) for each in (a, b)] == [(-2, 9), (-1, 7)]
-        assert w.stops() == []
-
-
-@on_a_loop
-async def test_a_chain_that_is_refused_leaves_the_old_records_and_none_of_its_own(tmp_path: Path) -> None:
-    async with world(tmp_path) as w:
-        a = await w.set_up()
-        w.plane.chain = [Stage("capture", {"packets": 5})]
-        await w.captures.look_at([a])
-        b = await w.set_up(snaplen=64)
-        (path,) = b.files.values()
-        path.write_bytes(b"")  # no worker began it
-        w.plane.chain = [Stage("capture", {"packets": 77})]
-        await w.captures.look_at([a])
-        assert (a.figures["packets"], b.running) == (77, True)
-        b.handed_s -= 60
-        await w.captures.look_at([a])
-        assert (w.captures.all(TUN0), a.running, w.stops()) == ([a], True, [("asked", 0, 0)])
-        assert not path.exists()
-
-
-@on_a_loop
 async def test_stages_keep_no_more_files_than_they_are_to_and_take_nobodys_room(tmp_path: Path) -> None:
     async with world(tmp_path) as w:
-        w.plane.held.clear()  # each time its worker died
         last = await w.set_up(files=2)
         for _ in range(299):
+            await w.end(last, "worker_exit")
             last = await w.set_up(files=2)
         await until(lambda: [each.running for each in w.captures.all(TUN0)] == [False, False, True])
         assert len(list(w.folder.iterdir())) == 3
-        w.plane.held.add(TUN0)
         for n in range(256):
-            w.captures._captures[str(n)] = dataclasses.replace(last, id=str(n), reason="asked")
+            w.captures._register._captures[str(n)] = dataclasses.replace(last, id=str(n), reason="asked")
         await w.start()
 
 
@@ -437,16 +461,16 @@ async def test_many_pokes_are_one_look(tmp_path: Path) -> None:
 async def test_a_file_that_comes_too_late_is_closed_and_its_capture_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert captures.FILES_S < 2
-    monkeypatch.setattr(captures, "FILES_S", 0.05)
+    assert capture_stages.FILES_S < 2
+    monkeypatch.setattr(capture_stages, "FILES_S", 0.05)
     async with world(tmp_path) as w:
-        record, may = w.captures._record, asyncio.Event()
+        record, may = w.captures._register._record, asyncio.Event()
 
         async def slow(*args: Any, **more: Any) -> None:
             await may.wait()
             await record(*args, **more)
 
-        w.captures._record = slow
+        w.captures._register._record = slow
         with pytest.raises(TunledgerError, match="was not there within") as late:
             await asyncio.to_thread(w.captures.files_for, TUN0, "tun0", 0, STAGE)
         assert (late.value.code, late.value.retry) == (ErrorCode.CAPTURE_FAILED, True)
