@@ -7,7 +7,7 @@ log, is `service.reconcile.captures`' business; how packets look in words is `se
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -68,11 +68,12 @@ class CapturesController(Controller):
     ) -> Response[bytes]:
         """How the interface's chain is doing, stage by stage."""
         parameters(request)
-        device = _existing(orders, name).id
+        interface = _existing(orders, name)
+        device = interface.id
         applied, stages, drops = await asyncio.to_thread(
             lambda: (traffic_of.applied(device), traffic_of.stages(device), traffic_of.drops(device))
         )
-        return answer(traffic.processing_json(name, applied, stages, drops))
+        return answer(traffic.processing_json(name, applied, stages, drops, _unread(orders, interface)))
 
     @get("/flows")
     async def flows(
@@ -114,9 +115,10 @@ class CapturesController(Controller):
         rate = _number(given, "rate_pps", 1, TAIL_PPS_MAX, TAIL_PPS_DEFAULT)
         interface = _existing(orders, name)
         settings = Settings(snaplen=TAIL_SNAPLEN)
-        live = await captures.listen(
-            interface.id, interface.name, settings, _asker(request, "tail"), pipe_bytes=TAIL_PIPE_BYTES
-        )
+        with _said_why(orders, interface):
+            live = await captures.listen(
+                interface.id, interface.name, settings, _asker(request, "tail"), pipe_bytes=TAIL_PIPE_BYTES
+            )
         return Flowing(_Tail(captures, live, _mode(interface), rate, limit), "text/event-stream; charset=utf-8")
 
     @get("/capture/stream")
@@ -128,7 +130,8 @@ class CapturesController(Controller):
         snaplen = _number(given, "snaplen", 16, chains.SNAPLEN_MAX, chains.SNAPLEN_MAX)
         interface = _existing(orders, name)
         settings = Settings(snaplen=snaplen)
-        live = await captures.listen(interface.id, interface.name, settings, _asker(request, "stream"))
+        with _said_why(orders, interface):
+            live = await captures.listen(interface.id, interface.name, settings, _asker(request, "stream"))
         return Flowing(_Pcapng(captures, live), PCAPNG)
 
     @get("/captures")
@@ -149,7 +152,8 @@ class CapturesController(Controller):
         parameters(request)
         settings = settings_of(bodies.document(body, nulls=True))
         interface = _existing(orders, name)
-        capture = await captures.start(interface.id, interface.name, settings, _asker(request, "capture"))
+        with _said_why(orders, interface):
+            capture = await captures.start(interface.id, interface.name, settings, _asker(request, "capture"))
         where = f"/api/v1/interfaces/{name}/captures/{capture.id}"
         return answer(await _told(capture), 201, {"Location": where})
 
@@ -260,11 +264,32 @@ async def _inspected(orders: Orders, traffic_of: Traffic, name: str) -> Inspecte
     if found is not None:
         return found
     if await asyncio.to_thread(traffic_of.applied, interface.id) is None:
-        raise TunledgerError(ErrorCode.NOT_RUNNING, f"{name}: nobody reads its packets; start its processing first")
+        with _said_why(orders, interface):
+            raise TunledgerError(ErrorCode.NOT_RUNNING, f"{name}: nobody reads its packets; start its processing first")
     raise TunledgerError(
         ErrorCode.NOT_INSPECTED,
         f'{name}: nothing in its chain keeps flows and packets; put {{"processor": "inspect"}} into processing.chain',
     )
+
+
+def _unread(orders: Orders, interface: Interface) -> str | None:
+    """Why no worker may have an interface that one should; None where none should."""
+    if interface.spec is None or not interface.spec.processing.running:
+        return None
+    return orders.engine.degraded(interface.id) or "no worker has it at the moment"
+
+
+@contextlib.contextmanager
+def _said_why(orders: Orders, interface: Interface) -> Iterator[None]:
+    """Where a refusal would have somebody start processing that is on already, say what is wrong."""
+    try:
+        yield
+    except TunledgerError as error:
+        why = _unread(orders, interface) if error.code is ErrorCode.NOT_RUNNING else None
+        if why is None:
+            raise
+        text = f"{interface.name}: nobody reads its packets, although its processing is on: {why}"
+        raise TunledgerError(ErrorCode.NOT_RUNNING, text, retry=True) from error
 
 
 async def _told(capture: Capture) -> dict[str, Any]:

@@ -129,6 +129,9 @@ def packets(remote: Remote, name: str, limit: int | None, ethernet: bool) -> Non
 def flows(remote: Remote, name: str, top: int | None, as_json: bool) -> None:
     """Who talks to whom on NAME, by bytes; and totals by protocol. Needs inspect in its chain.
 
+    FIRST is the end with the higher port, most likely the client, or else the lower address; who began is not known.
+    SENT is what it sent, RETURNED what SECOND did.
+
     \b
     Examples:
       tunledger flows tun0 --top 5
@@ -150,7 +153,7 @@ def flows(remote: Remote, name: str, top: int | None, as_json: bool) -> None:
         for flow in found["flows"]
     ]
     numbers = ("SENT", "BYTES", "RETURNED", "BYTES BACK")
-    show.table(("PROTOCOL", "FROM", "TO", *numbers, "FLAGS", "LAST SEEN"), rows, right=numbers)
+    show.table(("PROTOCOL", "FIRST", "SECOND", *numbers, "FLAGS", "LAST SEEN"), rows, right=numbers)
     click.echo(f"{len(rows)} of {found['known']} flows")
     totals = [[kind, f"{each['packets']:,}", f"{each['bytes']:,}"] for kind, each in found["protocols"].items()]
     if totals:
@@ -177,8 +180,11 @@ def processing(remote: Remote, name: str) -> None:
         show.emit_json(found)
         return
     click.echo(
-        f"{name}: {'running' if found['running'] else 'stopped'}, "
-        f"offloads {'on' if found['offloads']['active'] else 'off'}"
+        f"{name}: running, offloads {'on' if found['offloads']['active'] else 'off'}"
+        if found["running"]
+        else f"{name}: stopped"
+        if found["reason"] is None
+        else f"{name}: on, but nobody reads its packets: {found['reason']}"
     )
     rows = [
         [

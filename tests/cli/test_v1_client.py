@@ -229,6 +229,14 @@ def test_an_event_over_several_lines_is_one(monkeypatch: pytest.MonkeyPatch) -> 
     assert [(e.id, e.kind, e.data) for e in frames(iter(lines))] == [("", "message", "a\nb"), ("4", "k", "")]
 
 
+def test_a_write_that_is_applied_but_not_on_the_host_yet_says_what_it_waits_for() -> None:
+    told = {"spec": {"name": "tun0"}, "status": {"state": "degraded", "reason": "netns blue does not exist"}}
+    with _serving(_answer("200 OK", told, Tunledger_Command_Id="c1")) as server:
+        done = _run("stop", "tun0", "--url", server.url)
+    assert (done.exit_code, done.stdout) == (0, "tun0: processing stopped\ncommand c1\n")
+    assert done.stderr == "tunledger: tun0 is degraded: netns blue does not exist\n"
+
+
 # -- packets
 
 
