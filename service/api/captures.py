@@ -27,7 +27,7 @@ from service.api.problems import answer
 from service.api.traffic import TOP_DEFAULT, TOP_MAX, Inspected, Traffic
 from service.domain import chain as chains
 from service.domain import commands as cmd
-from service.domain.errors import ErrorCode, TunledgerError, invalid, shown_key
+from service.domain.errors import ErrorCode, TunledgerError, invalid, unknown
 from service.domain.state import Interface
 from service.domain.values import parse_int
 from service.packet.pcapng import Captured, Reader, whole
@@ -226,12 +226,7 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
     options = chains.BUILT_IN["capture"]
     for key in given:
         if key not in options and key not in LIMITS:
-            known = ", ".join([*options, *LIMITS])
-            raise TunledgerError(
-                ErrorCode.INVALID_FIELD,
-                f"{shown_key(key)}: unknown field; known here: {known}",
-                field=shown_key(key),
-            )
+            raise unknown("", key, [*options, *LIMITS])
     found = {key: parse(given[key], key) if key in given else default for key, (parse, default) in options.items()}
     found |= {key: parse(given[key], key) for key, parse in LIMITS.items() if key in given}
     if found["files"] > 1 and found["size_bytes"] is None and found["interval_s"] is None:

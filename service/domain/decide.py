@@ -11,7 +11,7 @@ import msgspec
 from service.domain import commands as cmd
 from service.domain import events as ev
 from service.domain.chain import BUILT_IN, custom
-from service.domain.errors import ErrorCode, TunledgerError, invalid
+from service.domain.errors import ErrorCode, TunledgerError, close_to, invalid
 from service.domain.observed import Host, link_key
 from service.domain.spec import InterfaceSpec, changes, check, parse_spec, spec_to_json
 from service.domain.state import Interface, State, Unconfirmed
@@ -140,7 +140,8 @@ def refuse_unknown_processors(state: State, intents: Sequence[ev.Intent], known:
             at = f"processing.chain.{place}.processor"
             names = ", ".join([*BUILT_IN, *sorted(known)])
             field = at if len(intents) == 1 else f"commands.{number}.{at}"
-            raise invalid(field, name, f"is no processor here; known: {names}")
+            close = close_to(name, [*BUILT_IN, *known])
+            raise invalid(field, name, f"is no processor here; known: {names}{close}")
 
 
 def confirm(state: State, command_id: str, request: cmd.Request) -> list[ev.ChangeConfirmed]:
