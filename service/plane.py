@@ -98,7 +98,7 @@ _PORTS = (6, 17)
 
 
 def _flow(row: FlowRow) -> Flow:
-    """A flow with its probable client first: the end with the higher port."""
+    """A flow with its probable client first: the end with the higher port. Without ports there is none to tell by."""
     ends = row.ends
     has_ports = ends.protocol in _PORTS and bool(ends.first_port or ends.second_port)
     first = End(str(ip_address(ends.first)), ends.first_port if has_ports else None)

@@ -9,7 +9,7 @@ log, is `service.reconcile.captures`' business; how packets look in words is `se
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -31,7 +31,7 @@ from service.api.problems import answer
 from service.api.traffic import TOP_DEFAULT, TOP_MAX, Inspected, Traffic
 from service.domain import chain as chains
 from service.domain import commands as cmd
-from service.domain.errors import ErrorCode, TunledgerError, invalid, shown_key
+from service.domain.errors import ErrorCode, TunledgerError, invalid, unknown
 from service.domain.state import Interface
 from service.domain.values import parse_int, parse_name
 from service.packet.pcapng import Captured, Reader, whole
@@ -77,11 +77,12 @@ class CapturesController(Controller):
     ) -> Response[bytes]:
         """How the interface's chain is doing, stage by stage."""
         parameters(request)
-        device = _existing(orders, name).id
+        interface = _existing(orders, name)
+        device = interface.id
         applied, stages, drops = await asyncio.to_thread(
             lambda: (traffic_of.applied(device), traffic_of.stages(device), traffic_of.drops(device))
         )
-        return answer(traffic.processing_json(name, applied, stages, drops))
+        return answer(traffic.processing_json(name, applied, stages, drops, _unread(orders, interface)))
 
     @get("/flows")
     async def flows(
@@ -135,9 +136,10 @@ class CapturesController(Controller):
         rate = _number(given, "rate_pps", 1, TAIL_PPS_MAX, TAIL_PPS_DEFAULT)
         interface = _existing(orders, name)
         settings = Settings(snaplen=TAIL_SNAPLEN)
-        live = await captures.listen(
-            interface.id, interface.name, settings, _asker(request, "tail"), pipe_bytes=TAIL_PIPE_BYTES
-        )
+        with _said_why(orders, interface):
+            live = await captures.listen(
+                interface.id, interface.name, settings, _asker(request, "tail"), pipe_bytes=TAIL_PIPE_BYTES
+            )
         return Flowing(_Tail(captures, live, _mode(interface), rate, limit), "text/event-stream; charset=utf-8")
 
     @get("/capture/stream")
@@ -153,7 +155,8 @@ class CapturesController(Controller):
         snaplen = _number(given, "snaplen", 16, chains.SNAPLEN_MAX, chains.SNAPLEN_MAX)
         interface = _existing(orders, name)
         settings = Settings(snaplen=snaplen)
-        live = await captures.listen(interface.id, interface.name, settings, _asker(request, "stream"))
+        with _said_why(orders, interface):
+            live = await captures.listen(interface.id, interface.name, settings, _asker(request, "stream"))
         return Flowing(_Pcapng(captures, live), PCAPNG)
 
     @get("/captures")
@@ -183,7 +186,8 @@ class CapturesController(Controller):
         parameters(request)
         settings = settings_of(bodies.document(body, nulls=True))
         interface = _existing(orders, name)
-        capture = await captures.start(interface.id, interface.name, settings, _asker(request, "capture"))
+        with _said_why(orders, interface):
+            capture = await captures.start(interface.id, interface.name, settings, _asker(request, "capture"))
         where = f"/api/v1/interfaces/{name}/captures/{capture.id}"
         return answer(await _told(capture), 201, {"Location": where})
 
@@ -291,12 +295,7 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
     options = chains.BUILT_IN["capture"]
     for key in given:
         if key not in options and key not in LIMITS:
-            known = ", ".join([*options, *LIMITS])
-            raise TunledgerError(
-                ErrorCode.INVALID_FIELD,
-                f"{shown_key(key)}: unknown field; known here: {known}",
-                field=shown_key(key),
-            )
+            raise unknown("", key, [*options, *LIMITS])
     found = {key: parse(given[key], key) if key in given else default for key, (parse, default) in options.items()}
     found |= {key: parse(given[key], key) for key, parse in LIMITS.items() if key in given}
     if found["files"] > 1 and found["size_bytes"] is None and found["interval_s"] is None:
@@ -329,7 +328,8 @@ async def _inspected(orders: Orders, traffic_of: Traffic, name: str) -> Inspecte
     if found is not None:
         return found
     if await asyncio.to_thread(traffic_of.applied, interface.id) is None:
-        raise TunledgerError(ErrorCode.NOT_RUNNING, f"{name}: nobody reads its packets; start its processing first")
+        with _said_why(orders, interface):
+            raise TunledgerError(ErrorCode.NOT_RUNNING, f"{name}: nobody reads its packets; start its processing first")
     raise TunledgerError(
         ErrorCode.NOT_INSPECTED,
         f'{name}: nothing in its chain keeps flows and packets; put {{"processor": "inspect"}} into processing.chain',
@@ -349,6 +349,26 @@ async def _file(capture: Capture, number: str) -> Stream:
         raise TunledgerError(ErrorCode.NOT_FOUND, f"{path.name} is not there any more") from None
     headers = {"Content-Disposition": f'attachment; filename="{_safe(path)}"'}
     return Stream(_octets(path, growing=growing), media_type=PCAPNG, headers=headers)
+
+
+def _unread(orders: Orders, interface: Interface) -> str | None:
+    """Why no worker may have an interface that one should; None where none should."""
+    if interface.spec is None or not interface.spec.processing.running:
+        return None
+    return orders.engine.degraded(interface.id) or "no worker has it at the moment"
+
+
+@contextlib.contextmanager
+def _said_why(orders: Orders, interface: Interface) -> Iterator[None]:
+    """Where a refusal would have somebody start processing that is on already, say what is wrong."""
+    try:
+        yield
+    except TunledgerError as error:
+        why = _unread(orders, interface) if error.code is ErrorCode.NOT_RUNNING else None
+        if why is None:
+            raise
+        text = f"{interface.name}: nobody reads its packets, although its processing is on: {why}"
+        raise TunledgerError(ErrorCode.NOT_RUNNING, text, retry=True) from error
 
 
 async def _told(capture: Capture) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from litestar.params import FromPath
 
 from service.api.orders import Orders
 from service.api.problems import answer
-from service.domain.errors import ErrorCode, TunledgerError, invalid
+from service.domain.errors import ErrorCode, TunledgerError, invalid, unknown
 from service.domain.series import HOUR_MS, MINUTE_MS, Point, figures_of, rates_of, totals_of
 from service.domain.values import InterfaceId
 from service.reconcile.engine import Engine
@@ -222,8 +222,7 @@ def _given(request: Request[Any, Any, Any], known: Sequence[str]) -> dict[str, s
     found: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
         if name not in known:
-            words = ", ".join(known) or "none"
-            raise TunledgerError(ErrorCode.INVALID_FIELD, f"{name}: unknown parameter; known here: {words}", field=name)
+            raise unknown("", name, known, "parameter")
         if name in found:
             raise TunledgerError(ErrorCode.INVALID_FIELD, f"{name}: given more than once", field=name)
         found[name] = value

@@ -30,7 +30,7 @@ from litestar.types import Receive, Scope, Send
 from service.api.orders import Orders
 from service.api.problems import answer
 from service.domain import events as ev
-from service.domain.errors import ErrorCode, TunledgerError, invalid, shown
+from service.domain.errors import ErrorCode, TunledgerError, invalid, unknown
 from service.domain.spec import changes, spec_to_json
 from service.domain.state import Interface, Unconfirmed
 from service.reconcile.feed import End, Feed, Subscription
@@ -243,11 +243,7 @@ def parameters(request: Request[Any, Any, Any], *known: str, repeated: str = "ty
     given: dict[str, list[str]] = {}
     for name, value in request.query_params.multi_items():
         if name not in known:
-            raise TunledgerError(
-                ErrorCode.INVALID_FIELD,
-                f"{shown(name)}: unknown parameter; known here: {', '.join(known) or 'none'}",
-                field=name,
-            )
+            raise unknown("", name, known, "parameter")
         if name in given and name != repeated:
             raise TunledgerError(ErrorCode.INVALID_FIELD, f"{name}: given twice; give it once", field=name)
         given.setdefault(name, []).append(value)

@@ -26,7 +26,7 @@ from service.api.problems import answer
 from service.api.resources import event_json, plan_json, preview_json
 from service.domain import commands as cmd
 from service.domain.decide import confirm
-from service.domain.errors import ErrorCode, TunledgerError, invalid
+from service.domain.errors import ErrorCode, TunledgerError, invalid, unknown
 from service.domain.values import CommandId
 from service.reconcile.answer import Clock
 from service.reconcile.engine import Engine
@@ -219,8 +219,7 @@ def _refuse_strange_parameters(request: Request[Any, Any, Any]) -> None:
     given = [name for name, _ in request.query_params.multi_items()]
     for name in given:
         if name not in PARAMETERS:  # "dryrun=true" must not do it for real
-            known = ", ".join(PARAMETERS)
-            raise TunledgerError(ErrorCode.INVALID_FIELD, f"{name}: unknown parameter; known here: {known}", field=name)
+            raise unknown("", name, PARAMETERS, "parameter")
         if given.count(name) > 1:  # nor "dry_run=false&dry_run=true"
             raise TunledgerError(ErrorCode.INVALID_FIELD, f"{name}: given twice; give it once", field=name)
 

@@ -8,7 +8,7 @@ import msgspec
 from litestar import Response
 
 from service.api.problems import PROBLEM_TYPE, RETRY_AFTER_S, STATUS, problem_json, status_v1
-from service.api.resources import interface_resource
+from service.api.resources import MISSING, interface_resource
 from service.domain import commands as cmd
 from service.domain.errors import TunledgerError
 from service.domain.values import CommandId
@@ -84,6 +84,7 @@ def _resource(finished: Finished, request: cmd.Request) -> dict[str, Any]:
         counters={},
         running=spec is not None and spec.processing.running,
         applied=spec.processing if spec is not None and spec.processing.running else None,
+        missing=finished.waits or MISSING,
     )
     if request.confirm_by:
         resource["status"]["awaiting_confirmation"] = {"confirm_by": request.confirm_by}

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -17,6 +17,8 @@ from service.reconcile.engine import Engine
 from service.reconcile.troubles import Trouble
 from service.store.codec import encode
 
+MISSING: Final = "the link is missing"
+
 
 def interface_resource(
     interface: Interface,
@@ -28,8 +30,9 @@ def interface_resource(
     running: bool,
     applied: Processing | None = None,
     retry_in_s: float | None = None,
+    missing: str = MISSING,
 ) -> dict[str, Any]:
-    """An interface: what is desired of it, and what is known of it."""
+    """An interface: what is desired of it, and what is known of it. `missing` is why, where there is no link."""
     spec = interface.spec if interface.spec is not None else interface.wanted
     if interface.pending is not None:
         state = "pending"
@@ -37,7 +40,7 @@ def interface_resource(
         state = "degraded"
     else:
         state = "applied"
-    reason = trouble.message if trouble is not None else "the link is missing" if state == "degraded" else None
+    reason = trouble.message if trouble is not None else missing if state == "degraded" else None
     return {
         "id": interface.id,
         "spec": spec_to_json(spec) if spec is not None else None,
@@ -80,6 +83,7 @@ def _observed(link: ObservedLink | None, running: bool, applied: Processing | No
             "group": link.group,
             "multi_queue": link.multi_queue,
             "mac": link.mac or None,
+            "netns": link.netns,
             "processing": {
                 "running": running,
                 "chain": [dict(stage) for stage in applied.chain] if applied is not None else [],

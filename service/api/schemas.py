@@ -416,6 +416,7 @@ _OBSERVED: Final = record(
         "group": nullable(integer()),
         "multi_queue": flag("several descriptors at once"),
         "mac": nullable(text()),
+        "netns": nullable(text("the network namespace it is in; null for the service's own")),
         "processing": record(
             {
                 "running": flag("whether a worker reads it"),
@@ -707,7 +708,11 @@ _AMOUNT: Final = record({"packets": integer(minimum=0), "bytes": integer(minimum
 _FLOW: Final = record(
     {
         "protocol": text(examples=["tcp", "udp", "icmp"]),
-        "first": {**_FLOW_END, "description": "of two ports the one with the higher: the client, most likely"},
+        "first": {
+            **_FLOW_END,
+            "description": "of two ports the one with the higher: the client, most likely; of the same ports, or where "
+            "there are none, the lower address, unless only the other sends. It does not say who began",
+        },
         "second": _FLOW_END,
         "sent": {**_AMOUNT, "description": "by the first"},
         "returned": {**_AMOUNT, "description": "by the second"},
@@ -739,6 +744,7 @@ _PROCESSING: Final = record(
     {
         "name": NAME,
         "running": flag("whether a worker reads the device"),
+        "reason": nullable(text("why none does although one should; null if one does, or none should")),
         "chain": listed(STAGE, "what the worker was told to do"),
         "offloads": record(
             {

@@ -52,7 +52,10 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """A flow with both its directions; `first` is most likely the client. Times are nanoseconds since the epoch."""
+    """A flow with both its directions. Times are nanoseconds since the epoch.
+
+    `first` is the end with the higher port, most likely the client; else the lower address. Who began is not known.
+    """
 
     protocol: str
     first: End
@@ -107,12 +110,17 @@ class Traffic(Protocol):
 
 
 def processing_json(
-    name: str, applied: Applied | None, stages: Sequence[StageView], drops: Mapping[str, int]
+    name: str,
+    applied: Applied | None,
+    stages: Sequence[StageView],
+    drops: Mapping[str, int],
+    reason: str | None = None,
 ) -> dict[str, Any]:
-    """How the chain of an interface is doing."""
+    """How the chain of an interface is doing. `reason`: why no worker has it although one should."""
     return {
         "name": name,
         "running": applied is not None,
+        "reason": reason if applied is None else None,
         "chain": list(applied.chain) if applied is not None else [],
         "offloads": {
             "setting": applied.offloads if applied is not None else None,

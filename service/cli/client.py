@@ -23,6 +23,7 @@ RECONNECT_S = 5.0  # a service that is restarted listens again after one or two
 RECONNECT_PAUSE_S = 0.1
 READ_BYTES = 1 << 16
 KEY_HEADER = "Idempotency-Key"
+CLOSED = "the service closed the stream"
 
 
 def url_of(host: str, port: int) -> str:
@@ -239,7 +240,21 @@ class _Exchange:
         return Answer(found.status, found.headers, decoded)
 
     def lines(self, method: str, path: str, params: Mapping[str, Any], headers: Mapping[str, str]) -> Iterator[str]:
-        """The lines of an answer as they come, without their ends."""
+        """The lines of an answer as they come, without their ends; not what is behind the last end."""
+        rest = b""
+        for octets in self._pieces(method, path, params, headers):
+            *whole, rest = (rest + octets).split(b"\n")
+            for line in whole:
+                yield line.decode(errors="replace").rstrip("\r")
+
+    def octets(self, path: str, params: Mapping[str, Any], headers: Mapping[str, str]) -> Iterator[bytes]:
+        """The octets of an answer as they come; it may be silent for as long as it likes."""
+        return self._pieces("GET", path, params, headers, patient=True)
+
+    def _pieces(
+        self, method: str, path: str, params: Mapping[str, Any], headers: Mapping[str, str], *, patient: bool = False
+    ) -> Iterator[bytes]:
+        """What comes of an answer, as it comes. By read1: readline takes a connection that broke for an end."""
         import http.client
 
         try:
@@ -247,25 +262,18 @@ class _Exchange:
             if response.status != http.client.OK:
                 content = response.read()
                 raise self._refusal(response.status, path, self._decoded(content, Answer(response.status, {}, None)))
-            while line := response.readline():
-                yield line.decode(errors="replace").rstrip("\r\n")
         except (OSError, http.client.HTTPException) as error:
             raise self._broke(error) from error
-
-    def octets(self, path: str, params: Mapping[str, Any], headers: Mapping[str, str]) -> Iterator[bytes]:
-        import http.client
-
-        try:
-            response = self._send("GET", path, params, None, headers)
-            if response.status != http.client.OK:
-                content = response.read()
-                raise self._refusal(response.status, path, self._decoded(content, Answer(response.status, {}, None)))
-            if self._connection.sock is not None:
-                self._connection.sock.settimeout(None)
-            while octets := response.read1(READ_BYTES):
-                yield octets
-        except (OSError, http.client.HTTPException) as error:
-            raise self._broke(error) from error
+        if patient and self._connection.sock is not None:
+            self._connection.sock.settimeout(None)
+        while True:
+            try:
+                octets = response.read1(READ_BYTES)
+            except (OSError, http.client.HTTPException) as error:
+                raise self._cut_off(error) from error
+            if not octets:
+                return
+            yield octets
 
     def _send(
         self, method: str, path: str, params: Mapping[str, Any] | None, body: Any, headers: Mapping[str, str]
@@ -288,6 +296,14 @@ class _Exchange:
         if isinstance(error, TimeoutError):
             return NotAnsweredError(f"no answer from {url} within {self._client.timeout_s:g} s", reachable=False)
         return BrokenConnectionError(f"the connection to {url} broke before the answer ({error})", reachable=False)
+
+    def _cut_off(self, error: Exception) -> CallError:
+        """A stream that began and did not come to its end: what the library says of that is for programmers."""
+        if isinstance(error, TimeoutError):
+            return NotAnsweredError(
+                f"nothing more came from {self._client.url} within {self._client.timeout_s:g} s", reachable=False
+            )
+        return BrokenConnectionError(CLOSED, reachable=False)
 
     def _decoded(self, content: bytes, answer: Answer) -> Any:
         try:

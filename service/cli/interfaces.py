@@ -247,7 +247,8 @@ def show_interface(remote: Remote, name: str) -> None:
     if observed and not observed["processing"]["running"]:  # then nothing is applied that could differ
         observed = {**observed, "processing": {**spec["processing"], "running": False}}
     awaiting = status["awaiting_confirmation"]
-    retry = f"in {status['retry_in_s']} s, after {status['attempts']} attempts" if status["retry_in_s"] else ""
+    tried = f"{status['attempts']} attempt{'' if status['attempts'] == 1 else 's'}"
+    retry = f"in {status['retry_in_s']} s, after {tried}" if status["retry_in_s"] else ""
     rows = [
         ("name", spec["name"]),
         ("state", _state(status)),
@@ -454,6 +455,10 @@ def report(remote: Remote, write: Write, answer: Answer, done: Sequence[str]) ->
     for line in done:
         click.echo(line)
     click.echo(show.styled(f"command {command_id}", dim=True))
+    for interface in answer.body.get("interfaces", [answer.body]):
+        if (status := interface.get("status")) is not None and status["state"] == "degraded":
+            text = f"tunledger: {interface['spec']['name']} is degraded: {status['reason']}"
+            click.echo(show.styled(text, fg="yellow"), err=True)
     if write.confirm_within is not None:
         click.echo(f"taken back in {write.confirm_within} s, unless: tunledger confirm {command_id}")
 

@@ -10,8 +10,9 @@ from typing import Any
 import click
 
 from service.cli import show
-from service.cli.client import CallError
+from service.cli.client import CLOSED, CallError
 from service.cli.options import (
+    UNREACHABLE,
     USAGE,
     Command,
     Remote,
@@ -51,6 +52,7 @@ def tail(
     del numeric
     params = {"limit": count, "rate_pps": rate_pps}
     shown = left_out = 0
+    ended: str | None = None
     try:
         for event in remote.client.events(
             f"/api/v1/interfaces/{segment(name)}/tail",
@@ -67,7 +69,7 @@ def tail(
                     left_out += found["packets"]
                     _note(f"{found['packets']} packets left out")
                 case "end":
-                    _note(found["reason"])
+                    ended = found["reason"]
                 case _:
                     continue
     except CallError as error:
@@ -75,6 +77,10 @@ def tail(
     except KeyboardInterrupt:
         _note(f"{shown} packets shown, {left_out} left out")
         sys.exit(INTERRUPTED)
+    if ended is not None:
+        fail(ended)
+    if shown != count:  # a stream that ends says so
+        fail(CLOSED, UNREACHABLE)
 
 
 def _note(text: str) -> None:
@@ -123,6 +129,9 @@ def packets(remote: Remote, name: str, limit: int | None, ethernet: bool) -> Non
 def flows(remote: Remote, name: str, top: int | None, as_json: bool) -> None:
     """Who talks to whom on NAME, by bytes; and totals by protocol. Needs inspect in its chain.
 
+    FIRST is the end with the higher port, most likely the client, or else the lower address; who began is not known.
+    SENT is what it sent, RETURNED what SECOND did.
+
     \b
     Examples:
       tunledger flows tun0 --top 5
@@ -144,7 +153,7 @@ def flows(remote: Remote, name: str, top: int | None, as_json: bool) -> None:
         for flow in found["flows"]
     ]
     numbers = ("SENT", "BYTES", "RETURNED", "BYTES BACK")
-    show.table(("PROTOCOL", "FROM", "TO", *numbers, "FLAGS", "LAST SEEN"), rows, right=numbers)
+    show.table(("PROTOCOL", "FIRST", "SECOND", *numbers, "FLAGS", "LAST SEEN"), rows, right=numbers)
     click.echo(f"{len(rows)} of {found['known']} flows")
     totals = [[kind, f"{each['packets']:,}", f"{each['bytes']:,}"] for kind, each in found["protocols"].items()]
     if totals:
@@ -171,8 +180,11 @@ def processing(remote: Remote, name: str) -> None:
         show.emit_json(found)
         return
     click.echo(
-        f"{name}: {'running' if found['running'] else 'stopped'}, "
-        f"offloads {'on' if found['offloads']['active'] else 'off'}"
+        f"{name}: running, offloads {'on' if found['offloads']['active'] else 'off'}"
+        if found["running"]
+        else f"{name}: stopped"
+        if found["reason"] is None
+        else f"{name}: on, but nobody reads its packets: {found['reason']}"
     )
     rows = [
         [
@@ -293,6 +305,7 @@ def capture_get(remote: Remote, name: str, capture_id: str, number: int | None, 
                 for each in octets:
                     file.write(each)
         except CallError as error:
+            path.unlink(missing_ok=True)  # it was not there before, and is not the whole one
             refused(error)
         except OSError as error:
             fail(f"{path}: {error.strerror}", USAGE)
@@ -307,6 +320,7 @@ def capture_stream(remote: Remote, write: Write, name: str, snaplen: int | None)
     """The packets of NAME live, as pcapng on standard output; ^C ends it."""
     params = {} if snaplen is None else {"snaplen": snaplen}
     _pour(remote.client.octets(f"/api/v1/interfaces/{segment(name)}/capture/stream", params, write.headers()))
+    fail("nothing more comes: processing ended, or the service stops")
 
 
 def _pour(octets: Iterator[bytes]) -> None:

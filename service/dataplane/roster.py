@@ -88,7 +88,8 @@ class Roster:
             if waits_s:
                 raise DataplaneError(
                     "processor_crashed",
-                    f"{name}: a processor of its chain crashed again; it is read again in {waits_s:.1f} s",
+                    f"{name}: a processor of its chain crashes again and again (its history says which); it is read "
+                    "again after a while, longer each time",
                     retry=True,
                 )
             live = [post.live for post in self.posts if post.live is not None]

@@ -12,7 +12,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from service.domain.errors import ErrorCode, TunledgerError, invalid, shown_key
+from service.domain.errors import ErrorCode, TunledgerError, close_to, invalid, shown_key, unknown
+from service.domain.errors import shown as shown_json
 from service.domain.values import parse_bool, parse_int, parse_mac, parse_name
 
 Stage = dict[str, Any]
@@ -52,7 +53,7 @@ def parse_chain(value: object, field: str) -> Chain:
     if not isinstance(value, list):
         raise invalid(field, value, 'is not a list of stages such as [{"processor": "inspect"}]')
     if len(value) > STAGES_MAX:
-        raise invalid(field, f"{len(value)} stages", f"are too many; at most {STAGES_MAX}")
+        raise invalid(field, len(value), f"stages are too many; at most {STAGES_MAX}")
     return tuple(_stage(stage, f"{field}.{index}") for index, stage in enumerate(value))
 
 
@@ -99,9 +100,15 @@ def custom(chain: Chain) -> frozenset[str]:
 def _stage(value: object, field: str) -> Stage:
     if not isinstance(value, dict):
         raise invalid(field, value, 'is not an object such as {"processor": "inspect"}')
-    processor = value.get("processor")
+    if "processor" not in value:
+        ours = ", ".join(BUILT_IN)
+        close = next((found for key in value if (found := close_to(key, ["processor"]))), "")
+        where = f"{field}.processor"
+        text = f"{where}: missing in {shown_json(value)}; it names one, ours are {ours}{close}"
+        raise TunledgerError(ErrorCode.INVALID_FIELD, text, field=where)
+    processor = value["processor"]
     if not isinstance(processor, str) or not _PROCESSOR.fullmatch(processor):
-        wanted = f"is not the name of a processor; ours are {', '.join(BUILT_IN)}"
+        wanted = f"is not the name of a processor; ours are {', '.join(BUILT_IN)}{close_to(processor, BUILT_IN)}"
         raise invalid(f"{field}.processor", processor, wanted)
     head = {
         "processor": processor,
@@ -119,19 +126,15 @@ def _filled(given: Mapping[str, Any], options: Mapping[str, tuple[Option, Any]],
     """The options by their parsers, with the defaults of those that are not given."""
     for key in given:
         if key not in options:
-            raise TunledgerError(
-                ErrorCode.INVALID_FIELD,
-                f"{field}.{shown_key(key)}: unknown field; known here: {', '.join(options)}",
-                field=f"{field}.{shown_key(key)}",
-            )
+            raise unknown(f"{field}.", key, options)
     found = {}
     for key, (parse, default) in options.items():
         if key in given:
             found[key] = parse(given[key], f"{field}.{key}")
         elif default is _REQUIRED:
-            raise TunledgerError(
-                ErrorCode.INVALID_FIELD, f"{field}.{key}: missing; it is needed here", field=f"{field}.{key}"
-            )
+            where = f"{field}.{key}"
+            given_here = f"given here: {', '.join(map(shown_key, given)) or 'nothing'}"
+            raise TunledgerError(ErrorCode.INVALID_FIELD, f"{where}: missing; it is needed; {given_here}", field=where)
         else:
             found[key] = default
     return found
@@ -140,7 +143,7 @@ def _filled(given: Mapping[str, Any], options: Mapping[str, tuple[Option, Any]],
 def _foreign(given: Mapping[str, Any], field: str) -> dict[str, Any]:
     """Options that another package's processor will judge: only what fits into the log."""
     if len(str(given)) > OPTIONS_CHARS_MAX:
-        raise invalid(field, f"{len(str(given))} characters of options", f"are too many; at most {OPTIONS_CHARS_MAX}")
+        raise invalid(field, len(str(given)), f"characters of options are too many; at most {OPTIONS_CHARS_MAX}")
     _check_json(given, field, OPTIONS_DEPTH_MAX)
     return dict(given)
 
@@ -176,27 +179,29 @@ def _or_none(parse: Option) -> Option:
 def _one_of(*choices: str) -> Option:
     def parse(value: Any, field: str) -> str:
         if value not in choices:
-            raise invalid(field, value, f"is none of {', '.join(choices)}")
+            raise invalid(field, value, f"is none of {', '.join(choices)}{close_to(value, choices)}")
         return str(value)
 
     return parse
 
 
-def _list_of(parse: Option, most: int, least: int = 0) -> Option:
+def _list_of(parse: Option, what: str, most: int, least: int = 0) -> Option:
     def parse_list(value: Any, field: str) -> list[Any]:
         if not isinstance(value, list):
-            raise invalid(field, value, "is not a list")
-        if not least <= len(value) <= most:
-            raise invalid(field, f"{len(value)} items", f"is out of range; expected {least} to {most}")
+            raise invalid(field, value, f"is not a list of {what}")
+        if len(value) < least:
+            raise invalid(field, value, f"is empty; expected 1 to {most} of {what}")
+        if len(value) > most:
+            raise invalid(field, len(value), f"are too many; at most {most} of {what}")
         return [parse(item, f"{field}.{index}") for index, item in enumerate(value)]
 
     return parse_list
 
 
-def _object_of(options: Mapping[str, tuple[Option, Any]]) -> Option:
+def _object_of(options: Mapping[str, tuple[Option, Any]], such: str) -> Option:
     def parse(value: Any, field: str) -> dict[str, Any]:
         if not isinstance(value, dict):
-            raise invalid(field, value, "is not an object")
+            raise invalid(field, value, f"is not an object such as {such}")
         return _filled(value, options, field)
 
     return parse
@@ -206,9 +211,13 @@ def _network(value: Any, field: str) -> str:
     if not isinstance(value, str):
         raise invalid(field, value, 'is not a network such as "10.0.0.0/8"')
     try:
+        found = ipaddress.ip_network(value, strict=False)
+    except ValueError:
+        raise invalid(field, value, 'is not a network such as "10.0.0.0/8" or "2001:db8::/32"') from None
+    try:
         return str(ipaddress.ip_network(value))
-    except ValueError as error:
-        raise invalid(field, value, f'is not a network such as "10.0.0.0/8" or "2001:db8::/32": {error}') from None
+    except ValueError:
+        raise invalid(field, value, f'has bits behind its prefix; expected "{found}"') from None
 
 
 def _ports(value: Any, field: str) -> str:
@@ -230,14 +239,17 @@ def _protocol(value: Any, field: str) -> str | int:
 
 
 def _balanced(value: Any, field: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = _list_of(
-        _object_of({"to": (parse_name, _REQUIRED), "weight": (_int(1, WEIGHT_MAX), 1)}), TARGETS_MAX, 1
-    )(value, field)
+    target = {"to": (parse_name, _REQUIRED), "weight": (_int(1, WEIGHT_MAX), 1)}
+    such = '{"to": "tun1", "weight": 1}'
+    found: list[dict[str, Any]] = _list_of(_object_of(target, such), f"outputs such as {such}", TARGETS_MAX, 1)(
+        value, field
+    )
     if len({target["to"] for target in found}) != len(found):
         raise invalid(field, ", ".join(target["to"] for target in found), "has the same interface twice")
     return found
 
 
+_A_RULE: Final = '{"action": "drop", "port": 25}'
 _RULE: Final[Mapping[str, tuple[Option, Any]]] = {
     "action": (_one_of("pass", "drop"), _REQUIRED),
     "direction": (_one_of(*DIRECTIONS), "both"),
@@ -257,7 +269,7 @@ BUILT_IN: Final[Mapping[str, Mapping[str, tuple[Option, Any]]]] = {
         "packets": (_int(0, PACKETS_KEPT_MAX), 64),
     },
     "filter": {
-        "rules": (_list_of(_object_of(_RULE), RULES_MAX), []),
+        "rules": (_list_of(_object_of(_RULE, _A_RULE), f"rules such as {_A_RULE}", RULES_MAX), []),
         "default": (_one_of("pass", "drop"), "pass"),
     },
     "capture": {
@@ -267,8 +279,8 @@ BUILT_IN: Final[Mapping[str, Mapping[str, tuple[Option, Any]]]] = {
         "files": (_int(1, CAPTURE_FILES_MAX), 4),
     },
     "reply": {
-        "networks": (_list_of(_network, NETWORKS_MAX, 1), _REQUIRED),
-        "answers": (_list_of(_one_of(*ANSWERS), len(ANSWERS), 1), list(ANSWERS)),
+        "networks": (_list_of(_network, 'networks such as "10.0.0.0/8"', NETWORKS_MAX, 1), _REQUIRED),
+        "answers": (_list_of(_one_of(*ANSWERS), ", ".join(ANSWERS), len(ANSWERS), 1), list(ANSWERS)),
         "mac": (_or_none(parse_mac), None),
     },
     "forward": {

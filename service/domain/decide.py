@@ -11,19 +11,26 @@ import msgspec
 from service.domain import commands as cmd
 from service.domain import events as ev
 from service.domain.chain import BUILT_IN, custom
-from service.domain.errors import ErrorCode, TunledgerError, invalid
+from service.domain.errors import ErrorCode, TunledgerError, close_to, invalid
 from service.domain.observed import Host, link_key
 from service.domain.spec import InterfaceSpec, changes, check, parse_spec, spec_to_json
 from service.domain.state import Interface, State, Unconfirmed
 from service.domain.values import Address, InterfaceId, InterfaceName, check_host_address, parse_prefixlen
 
 
-def decide(state: State, submission: cmd.Submission, host: Host, new_id: Callable[[], str]) -> list[ev.Intent]:
+def decide(
+    state: State,
+    submission: cmd.Submission,
+    host: Host,
+    new_id: Callable[[], str],
+    degraded: Callable[[InterfaceId], str | None] = lambda _: None,
+) -> list[ev.Intent]:
     """The intents that record these commands, one for each, in their order.
 
     Args:
         host: who holds the wanted names, and the networks of links that are not ours.
         new_id: ids for interfaces that are declared.
+        degraded: why an interface is not as desired, or None; a refusal must not claim that it is.
 
     Raises:
         TunledgerError: why they are refused, all of them: invalid_field, subnet_overlap, interface_exists,
@@ -43,7 +50,7 @@ def decide(state: State, submission: cmd.Submission, host: Host, new_id: Callabl
                 )
             seen.add(name)
             _check_preconditions(state, submission, name)
-            intents.append(_decide_one(state, command, submission.request, host, new_id))
+            intents.append(_decide_one(state, command, submission.request, host, new_id, degraded))
         except TunledgerError as error:
             if not many:
                 raise
@@ -55,7 +62,12 @@ def decide(state: State, submission: cmd.Submission, host: Host, new_id: Callabl
 
 
 def _decide_one(
-    state: State, command: cmd.Command, request: cmd.Request, host: Host, new_id: Callable[[], str]
+    state: State,
+    command: cmd.Command,
+    request: cmd.Request,
+    host: Host,
+    new_id: Callable[[], str],
+    degraded: Callable[[InterfaceId], str | None],
 ) -> ev.Intent:
     match command:
         case cmd.DeclareInterface(spec=spec):
@@ -75,7 +87,9 @@ def _decide_one(
         case cmd.EnableProcessing(name=name):
             interface, spec = _existing(state, name)
             if spec.processing.running:
-                raise TunledgerError(ErrorCode.ALREADY_RUNNING, f"packet processing on {name} is already running")
+                why = degraded(interface.id)
+                how = "already running" if why is None else f"on already, but {name} is degraded: {why}"
+                raise TunledgerError(ErrorCode.ALREADY_RUNNING, f"packet processing on {name} is {how}")
             return ev.ProcessingEnabled(interface_id=interface.id, name=interface.name, request=request)
         case cmd.DisableProcessing(name=name):
             interface, spec = _existing(state, name)
@@ -126,7 +140,8 @@ def refuse_unknown_processors(state: State, intents: Sequence[ev.Intent], known:
             at = f"processing.chain.{place}.processor"
             names = ", ".join([*BUILT_IN, *sorted(known)])
             field = at if len(intents) == 1 else f"commands.{number}.{at}"
-            raise invalid(field, name, f"is no processor here; known: {names}")
+            close = close_to(name, [*BUILT_IN, *known])
+            raise invalid(field, name, f"is no processor here; known: {names}{close}")
 
 
 def confirm(state: State, command_id: str, request: cmd.Request) -> list[ev.ChangeConfirmed]:

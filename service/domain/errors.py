@@ -4,7 +4,13 @@ Codes are part of the API and never change. HTTP statuses do not live here (one 
 does errno translation (only in `service.kernel.errnos`).
 """
 
+import difflib
+import json
+from collections.abc import Collection, Iterable
 from enum import StrEnum
+from typing import Final
+
+SHOWN_MAX: Final = 64  # characters of what was given, in an error
 
 
 class ErrorCode(StrEnum):
@@ -85,6 +91,23 @@ def invalid(field: str, given: object, expected: str) -> TunledgerError:
     return TunledgerError(ErrorCode.INVALID_FIELD, f"{field}: {shown(given)} {expected}", field=field)
 
 
+def unknown(path: str, key: str, known: Collection[str], what: str = "field") -> TunledgerError:
+    """An `invalid_field` error for a key that nobody knows there; it names those that are known, and the closest.
+
+    Args:
+        path: what is in front of the key, with its last dot; "" for none.
+    """
+    named = f"{path}{shown_key(key)}"
+    text = f"{named}: unknown {what}; known here: {', '.join(known) or 'none'}{close_to(key, known)}"
+    return TunledgerError(ErrorCode.INVALID_FIELD, text, field=named)
+
+
+def close_to(given: object, known: Iterable[str]) -> str:
+    """What to say of a word that is close to one that is known: "; did you mean inspect?", or nothing."""
+    near = difflib.get_close_matches(given[:SHOWN_MAX].lower(), known, n=1) if isinstance(given, str) else []
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def shown(value: object) -> str:
     """A value as JSON people would recognise it, cut at 64 characters so that errors stay readable."""
     match value:
@@ -93,13 +116,18 @@ def shown(value: object) -> str:
         case bool():
             text = "true" if value else "false"
         case str():
-            text = '"' + "".join(c if c.isprintable() else repr(c)[1:-1] for c in value) + '"'
+            return _cut('"' + "".join(c if c.isprintable() else repr(c)[1:-1] for c in value) + '"')
+        case dict() | list():
+            text = json.dumps(value, ensure_ascii=False, default=str)
         case _:
             text = str(value)
-    return text if len(text) <= 64 else text[:61] + "..."
+    return _cut("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN_MAX else text[: SHOWN_MAX - 3] + "..."
 
 
 def shown_key(key: str) -> str:
     """A field's name as it was given, cut at 64 characters: it goes into errors and the log."""
-    text = "".join(char if char.isprintable() else "?" for char in key)
-    return text if len(text) <= 64 else text[:61] + "..."
+    return _cut("".join(char if char.isprintable() else "?" for char in key))

@@ -12,7 +12,7 @@ import msgspec
 
 from service.domain import values
 from service.domain.chain import Chain, parse_chain, targets
-from service.domain.errors import ErrorCode, TunledgerError, invalid, shown_key
+from service.domain.errors import ErrorCode, TunledgerError, invalid, unknown
 from service.domain.values import Address, InterfaceName, Mode, Mtu
 
 ADDRESSES_MAX = 64
@@ -99,7 +99,7 @@ def check(spec: InterfaceSpec) -> InterfaceSpec:
     if len({address.ip for address in spec.addresses}) != len(spec.addresses):
         raise invalid("addresses", ", ".join(map(str, spec.addresses)), "has the same address twice")
     if len(spec.addresses) > ADDRESSES_MAX:
-        raise invalid("addresses", f"{len(spec.addresses)} addresses", f"are too many; at most {ADDRESSES_MAX}")
+        raise invalid("addresses", len(spec.addresses), f"addresses are too many; at most {ADDRESSES_MAX}")
     if spec.name in targets(spec.processing.chain):
         raise invalid("processing.chain", spec.name, "cannot forward to itself")
     if spec.mac is not None and spec.mode is not Mode.TAP:
@@ -173,11 +173,7 @@ def refuse_unknown(document: Mapping[str, object], known: tuple[str, ...], prefi
     """Raise invalid_field for the first key that is not known; a misspelt field must not pass in silence."""
     for key in document:
         if key not in known:
-            raise TunledgerError(
-                ErrorCode.INVALID_FIELD,
-                f"{prefix}{shown_key(key)}: unknown field; known here: {', '.join(known)}",
-                field=f"{prefix}{shown_key(key)}",
-            )
+            raise unknown(prefix, key, known)
 
 
 def parse_spec(document: Mapping[str, object]) -> InterfaceSpec:

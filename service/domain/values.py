@@ -90,7 +90,7 @@ def parse_name(value: object, field: str = "name") -> InterfaceName:
     """
     would_do = f"is not an interface name: 1 to {NAME_BYTES_MAX} ASCII characters without blanks, '/', ':' or '%'"
     if not isinstance(value, str):
-        raise invalid(field, value, "is not a string")
+        raise invalid(field, value, 'is not a string such as "tun0"')
     if value in {"", ".", ".."} or not value.isascii() or len(value) > NAME_BYTES_MAX:
         raise invalid(field, value, would_do)
     if any(not _NAME_CHAR.match(char) or char in "/:%" for char in value):
@@ -231,7 +231,7 @@ def parse_labels(value: object, field: str = "labels") -> dict[str, str]:
     if not isinstance(value, dict):
         raise invalid(field, value, "is not an object of strings")
     if len(value) > LABELS_MAX:
-        raise invalid(field, f"{len(value)} labels", f"are too many; at most {LABELS_MAX}")
+        raise invalid(field, len(value), f"labels are too many; at most {LABELS_MAX}")
     for key, text in value.items():
         if not isinstance(key, str) or not _LABEL_KEY.fullmatch(key):
             raise invalid(field, key, "is not a label key: a-z, 0-9, '.', '_', '-', '/', at most 63 characters")

@@ -41,13 +41,18 @@ class Clock(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """One interface of a command: as it is desired now (None once it is gone), and the link as it was seen."""
+    """One interface of a command: as it is desired now (None once it is gone), and the link as it was seen.
+
+    Attributes:
+        waits: why there is no link, although it is desired; empty if there is, or none is desired.
+    """
 
     name: InterfaceName
     interface_id: InterfaceId
     created: bool
     interface: Interface | None
     link: ObservedLink | None
+    waits: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -209,7 +209,7 @@ def remove_orphans(hands: Hands, orphans: Iterable[ObservedLink]) -> list[tuple[
     return list(zip(present, hands.kernel.execute_many(work), strict=True))
 
 
-_OF_WORKERS = st.StopProcessing | st.StartProcessing | st.ConfigureProcessing
+_OfWorkers = st.StopProcessing | st.StartProcessing | st.ConfigureProcessing
 
 
 @dataclass(slots=True)
@@ -222,7 +222,7 @@ class _UnderWay:
 
     def of_kernel(self) -> list[st.Step]:
         """The steps that the kernel does; a plan has those of the workers before and after them."""
-        return [step for step in self.steps if not isinstance(step, _OF_WORKERS)]
+        return [step for step in self.steps if not isinstance(step, _OfWorkers)]
 
     @property
     def alive(self) -> bool:
@@ -316,11 +316,17 @@ def _mtu(wanted: Wanted) -> int:
     return wanted.spec.mtu
 
 
-def _worker_failed(step: st.Step, error: Exception) -> TunledgerError:
+def _worker_failed(step: _OfWorkers, error: Exception) -> TunledgerError:
     retry = bool(getattr(error, "retry", True))  # the data plane's own errors know; anything else may pass
     if getattr(error, "code", None) == "stage_refused":  # it is the user's to change
         return TunledgerError(ErrorCode.INVALID_FIELD, f"processing.chain: {error}", field="processing.chain")
-    return TunledgerError(ErrorCode.WORKER_FAILED, f"{step}: {error}", retry=retry)
+    doing = str(step).removeprefix("# ").partition(":")[0]  # a chain may be long, and is in the spec
+    return TunledgerError(ErrorCode.WORKER_FAILED, f"{doing}: {_bare(error, step.name)}", retry=retry)
+
+
+def _bare(error: Exception, name: str) -> str:
+    """What the data plane says, without the device's name that it begins with."""
+    return str(error).removeprefix(f"{name}: ") or type(error).__name__
 
 
 def _settle(hands: Hands, mark: int, agreed: Sequence[Result]) -> None:

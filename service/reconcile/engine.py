@@ -234,9 +234,15 @@ class Engine:
         return Preview(tuple(intents), tuple(await self._applying.run(look_and_plan)))
 
     async def _decide(self, submission: cmd.Submission) -> list[ev.Intent]:
-        intents = decide(self._journal.state, submission, await self._survey(submission), self._journal.new_id)
+        host = await self._survey(submission)
+        intents = decide(self._journal.state, submission, host, self._journal.new_id, self.degraded)
         refuse_unknown_processors(self._journal.state, intents, self._processors)
         return intents
+
+    def degraded(self, interface_id: InterfaceId) -> str | None:
+        """Why an interface is not as desired, as far as that is known; None if it is."""
+        trouble = self.troubles.get(interface_id)
+        return trouble.message if trouble is not None else None
 
     async def confirm(self, submission: cmd.Submission) -> Reply:
         """Make a change stay that awaits confirmation: the one of command `submission.request.confirms`.

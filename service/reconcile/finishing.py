@@ -18,6 +18,7 @@ from service.domain import events as ev
 from service.domain.decide import intended
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.state import Interface
+from service.domain.steps import StopProcessing
 from service.domain.values import CommandId
 from service.reconcile.answer import Answer, Finished, Renderer
 from service.reconcile.applying import Applying
@@ -97,7 +98,8 @@ class Finishing:
         created = {w.id: self._journal.state.interfaces[w.id].spec is None for w in wanted}
         results = await self._applying.converge(wanted)
         counted = self._counting.job(self._counting.let_go(results))  # at once: a later sample comes after these
-        failed = next((result for result in results if result.error is not None), None)
+        waiting = {result.wanted.id: result.error for result in results if self._waits(result)}
+        failed = next((r for r in results if r.error is not None and r.wanted.id not in waiting), None)
         error = failed.error if failed is not None else None
         undone = await self._undo(wanted) if error is not None else True
         took_us = (time.monotonic_ns() - started) // 1000
@@ -110,11 +112,19 @@ class Finishing:
             )
             for result in results
         ]
-        links = {result.wanted.id: result.link for result in results}
+        drafts += [] if error is not None else [self._waiting(result) for result in results if result.error is not None]
+        links = {r.wanted.id: r.link if r.wanted.spec is not None and r.error is None else None for r in results}
 
         def finished() -> tuple[Finished, ...]:
             return tuple(
-                Finished(w.name, w.id, created[w.id], self._after(w, error), links[w.id] if w.spec else None)
+                Finished(
+                    w.name,
+                    w.id,
+                    created[w.id],
+                    self._after(w, error),
+                    links[w.id],
+                    str(waiting.get(w.id) or ""),
+                )
                 for w in wanted
             )
 
@@ -145,6 +155,8 @@ class Finishing:
             raise error
         for each in wanted:
             self._troubles.forget(each.id)
+            if (why := waiting.get(each.id)) is not None:
+                self._troubles.failed(each.id, why, time.monotonic(), self._journal.now())
             if each.spec is None:
                 self._counting.book.forget(each.id)
         if request.confirm_by:
@@ -152,6 +164,30 @@ class Finishing:
         log.info("command applied", command_id=command_id, names=names, by=by, took_us=took_us)
         reply = self._render(request, command_id, told, None) if request.key else None
         return Answer(command_id, told, reply)
+
+    def _waits(self, result: Result) -> bool:
+        """Whether all that is left to do waits for a network namespace that has gone.
+
+        An interface that was applied there before can be changed meanwhile: nothing of it is on the host that could
+        differ, and it is made as it is desired then as soon as the namespace is back. Until then it is degraded.
+        """
+        wanted, before = result.wanted, self._journal.state.interfaces[result.wanted.id].spec
+        if result.error is None or result.error.code is not ErrorCode.NETNS_MISSING:
+            return False
+        return before is not None and wanted.spec is not None and before.netns == wanted.spec.netns
+
+    def _waiting(self, result: Result) -> ev.Draft:
+        """That an interface is not as the command has it, and why."""
+        wanted, error = result.wanted, result.error
+        assert error is not None
+        body = ev.RepairFailed(
+            interface_id=wanted.id,
+            name=wanted.name,
+            code=error.code.value,
+            message=error.message,
+            errno=error.errno_name,
+        )
+        return self._journal.draft(ev.interface_stream(wanted.id), body)
 
     def _after(self, wanted: Wanted, error: TunledgerError | None) -> Interface | None:
         """The interface as the outcome that is about to be recorded leaves it."""
@@ -188,7 +224,8 @@ class Finishing:
             if result.error is not None:
                 log.error("could not undo", name=result.wanted.name, error=result.error.message)
                 self._troubles.failed(result.wanted.id, result.error, time.monotonic(), self._journal.now())
-        return all(result.error is None for result in results)
+        # Of what lived in a namespace that has gone, nothing is left that could be undone.
+        return all(result.error is None or result.error.code is ErrorCode.NETNS_MISSING for result in results)
 
     def wanted_by(self, intent: ev.Intent) -> Wanted:
         """What an intent wants of its interface."""
@@ -212,7 +249,8 @@ def _outcome(result: Result, failed: Result | None, by: ev.FinishedBy, took_us: 
             name=wanted.name,
             by=by,
             took_us=took_us,
-            steps=[str(step) for step in result.steps],
+            # Of one that waits for its namespace only what the worker did was done.
+            steps=[str(step) for step in result.steps if result.error is None or isinstance(step, StopProcessing)],
         )
     error = failed.error
     assert error is not None

@@ -54,6 +54,7 @@ class Mending:
         now, stamp = time.monotonic(), self._journal.now()
         before = copy.deepcopy(self._troubles)
         due: list[Result] = []
+        let_go: dict[InterfaceId, tuple[Result, str]] = {}
         drafts: list[ev.Draft] = []
         drifted: list[str] = []
         for result in results:
@@ -64,12 +65,14 @@ class Mending:
                 continue
             own = _own_part(result, starting=starting, asked=asked)
             if own is None:
-                told = self._troubles.reported(wanted.id, result.found, stamp)
+                told = self._troubles.reported(wanted.id, result.found, stamp, _why(causes.get(wanted.id, cause)))
             elif not self._troubles.is_due(wanted.id, now):
-                self._troubles.waits(wanted.id)
+                self._troubles.waits(wanted.id, result.found)
                 continue
             else:
                 due.append(own)
+                if own.wanted.spec is None:
+                    let_go[wanted.id] = result, causes.get(wanted.id, cause)
                 told = not self._troubles.is_failing(wanted.id)
             if told:
                 drafts.append(self._drift(result, causes.get(wanted.id, cause)))
@@ -95,6 +98,10 @@ class Mending:
         drafts = []
         for found_first, result in zip(due, mended, strict=True):
             drafts += self._mended(found_first, result, took_us, summary)
+            if result.error is None and result.wanted.id in let_go:  # all else is as it was, and left so
+                left, why = let_go[result.wanted.id]
+                self._troubles.reported(left.wanted.id, left.found, stamp, _why(why))
+                drafts.append(self._drift(left, why))
         done = [result.wanted.name for result in mended if result.error is None]
         if done:
             steps = "; ".join(str(step) for result in mended for step in result.steps[:SHOWN_MAX])
@@ -175,11 +182,16 @@ def _own_part(result: Result, *, starting: bool, asked: bool) -> Result | None:
     if link is None:
         # A descriptor that nobody can want any more must not keep a network namespace alive.
         let_go = wanted.netns is not None and result.sight.attached and result.sight.blind is None
-        return replace(result, wanted=replace(wanted, spec=None)) if let_go else None
+        return replace(result, wanted=replace(wanted, spec=None), found=()) if let_go else None
     left = replace(wanted, spec=leave_be(wanted.spec, link))
     found = differences(wanted.token, wanted.name, left.spec, result.sight)
     ours = tuple(d for d in found if _of_processing(d, wanted.name))
     return replace(result, wanted=left, found=found) if found and ours == found else None
+
+
+def _why(cause: str) -> str:
+    """A cause that says more than that it was others; those are words, the rest are names."""
+    return cause if " " in cause else ""
 
 
 def _starts(result: Result) -> bool:

@@ -35,12 +35,20 @@ class _Contest:
     trouble: Trouble
     delay_s: float
     last_repair: float
+    found: tuple[Difference, ...]
     differs: bool = False  # as it was last seen, so that it waits for a repair and not for the quiet to have lasted
 
     @property
     def quiet_at(self) -> float:
         """When it has been quiet for long enough."""
         return self.last_repair + max(QUIET_S, 2 * self.delay_s)
+
+    def tell(self) -> None:
+        """Have the trouble say what is known now: what differs, or that nothing does any more."""
+        found = "; ".join(map(str, self.found))
+        now = f"now: {found}" if self.differs else f"as wanted now, and watched; last seen: {found}"
+        message = f"contested: something changes it again after each repair; {now}"
+        self.trouble = replace(self.trouble, message=message)
 
     @property
     def next_look(self) -> float:
@@ -104,11 +112,10 @@ class Troubles:
         contest = self._contests.get(interface_id)
         if contest is not None:
             contest.delay_s = min(CONTEST_MAX_S, contest.delay_s * 2)
-            contest.last_repair, contest.differs = now, False
+            contest.last_repair, contest.found, contest.differs = now, found, False
             trouble = contest.trouble
-            contest.trouble = replace(
-                trouble, message=_fought(found), attempts=trouble.attempts + 1, next_try=now + contest.delay_s
-            )
+            contest.trouble = replace(trouble, attempts=trouble.attempts + 1, next_try=now + contest.delay_s)
+            contest.tell()
             return 0
         recent = [at for at in self._repairs.get(interface_id, []) if at > now - CONTEST_WITHIN_S]
         recent.append(now)
@@ -116,18 +123,24 @@ class Troubles:
         if len(recent) < CONTEST_REPAIRS:
             return 0
         del self._repairs[interface_id]
-        trouble = Trouble(_fought(found), "contested", stamp, len(recent), now + CONTEST_FIRST_S)
-        self._contests[interface_id] = _Contest(trouble, CONTEST_FIRST_S, now)
+        trouble = Trouble("", "contested", stamp, len(recent), now + CONTEST_FIRST_S)
+        contest = self._contests[interface_id] = _Contest(trouble, CONTEST_FIRST_S, now, found)
+        contest.tell()
         return len(recent)
 
-    def reported(self, interface_id: InterfaceId, found: tuple[Difference, ...], stamp: str) -> bool:
-        """Drift was seen that is not to be mended; whether it is another than the last time."""
+    def reported(self, interface_id: InterfaceId, found: tuple[Difference, ...], stamp: str, why: str = "") -> bool:
+        """Drift was seen that is not to be mended; whether it is another than the last time.
+
+        Args:
+            why: what is known to be behind it, in words.
+        """
         self._failing.pop(interface_id, None)
         self._contests.pop(interface_id, None)
         known = self._reported.get(interface_id)
         if known is not None and known.found == found:
             return False
-        message = f"changed by others, and left so (drift: report): {'; '.join(map(str, found))}"
+        because = f"{why}; " if why else ""
+        message = f"{because}changed by others, and left so (drift: report): {'; '.join(map(str, found))}"
         since = known.trouble.since if known is not None else stamp
         self._reported[interface_id] = _Reported(Trouble(message, "reported", since, 0, float("inf")), found)
         return True
@@ -141,15 +154,17 @@ class Troubles:
             return over, 0
         contest.differs = False
         if now < contest.quiet_at:
+            contest.tell()
             return over, 0
         del self._contests[interface_id]
         return over, round(now - contest.last_repair)
 
-    def waits(self, interface_id: InterfaceId) -> None:
-        """It was seen to differ before its repair is due."""
+    def waits(self, interface_id: InterfaceId, found: tuple[Difference, ...]) -> None:
+        """It was seen to differ before its repair is due; `found` is what differs now."""
         contest = self._contests.get(interface_id)
         if contest is not None:
-            contest.differs = True
+            contest.differs, contest.found = True, found
+            contest.tell()
 
     def is_due(self, interface_id: InterfaceId, now: float) -> bool:
         """Whether a repair may be tried now."""
@@ -196,7 +211,3 @@ class Troubles:
         for each in (self._failing, self._contests, self._reported, self._repairs):
             for interface_id in [i for i in each if i not in kept]:
                 del each[interface_id]
-
-
-def _fought(found: tuple[Difference, ...]) -> str:
-    return f"contested: something changes it again after each repair; last seen: {'; '.join(map(str, found))}"

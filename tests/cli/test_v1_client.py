@@ -5,6 +5,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -226,3 +227,69 @@ def test_an_event_over_several_lines_is_one(monkeypatch: pytest.MonkeyPatch) -> 
     frames: Callable[..., Any] = module._events
     lines = ["data: a", "data:b", "", ": x", "", "event: k", "id: 4", "data", "", "data: unfinished"]
     assert [(e.id, e.kind, e.data) for e in frames(iter(lines))] == [("", "message", "a\nb"), ("4", "k", "")]
+
+
+def test_a_write_that_is_applied_but_not_on_the_host_yet_says_what_it_waits_for() -> None:
+    told = {"spec": {"name": "tun0"}, "status": {"state": "degraded", "reason": "netns blue does not exist"}}
+    with _serving(_answer("200 OK", told, Tunledger_Command_Id="c1")) as server:
+        done = _run("stop", "tun0", "--url", server.url)
+    assert (done.exit_code, done.stdout) == (0, "tun0: processing stopped\ncommand c1\n")
+    assert done.stderr == "tunledger: tun0 is degraded: netns blue does not exist\n"
+
+
+# -- packets
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+NO_WORDS = ": packets follow\n\n"
+
+
+def _chunks(*frames: str, whole: bool) -> bytes:
+    """A stream in chunks; one that is not whole ends where the connection does, as when the service is killed."""
+    parts = [f"{len(frame):x}\r\n{frame}\r\n".encode() for frame in frames]
+    return CHUNKED + b"".join(parts) + (b"0\r\n\r\n" if whole else b"")
+
+
+def _packet(line: str) -> str:
+    told = {"at": "2026-11-22T14:00:00.000000Z", "ethernet": None, "length": 28, "line": line}
+    return f"event: packet\ndata: {json.dumps(told)}\n\n"
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("command", [("tail", "tun0"), ("tail", "tun0", "-c", "2")])
+def test_a_tail_that_the_service_does_not_end_says_so_and_exits_3(command: tuple[str, ...], whole: bool) -> None:
+    with _serving(_chunks(NO_WORDS, _packet("IP one"), whole=whole)) as server:
+        done = _run(*command, "--url", server.url)
+    assert (done.exit_code, done.stderr) == (3, "tunledger: the service closed the stream\n")
+    assert done.stdout.endswith(" IP one\n")
+
+
+def test_a_tail_ends_with_0_after_its_packets_and_with_1_where_processing_ends_first() -> None:
+    ended = 'event: end\ndata: {"reason": "nothing more comes"}\n\n'
+    with _serving(
+        _chunks(NO_WORDS, _packet("IP one"), whole=True), _chunks(NO_WORDS, _packet("IP one"), ended, whole=True)
+    ) as server:
+        enough = _run("tail", "tun0", "-c", "1", "--url", server.url)
+        short = _run("tail", "tun0", "-c", "2", "--url", server.url)
+    assert (enough.exit_code, enough.stderr) == (0, "")
+    assert (short.exit_code, short.stderr) == (1, "tunledger: nothing more comes\n")
+
+
+def test_a_live_capture_says_why_there_is_no_more_of_it() -> None:
+    with _serving(_chunks("octets", whole=False), _chunks("octets", whole=True)) as server:
+        cut = _run("capture", "stream", "tun0", "--url", server.url)
+        ended = _run("capture", "stream", "tun0", "--url", server.url)
+    assert (cut.exit_code, cut.stdout, cut.stderr) == (3, "octets", "tunledger: the service closed the stream\n")
+    assert (ended.exit_code, ended.stdout) == (1, "octets")
+    assert ended.stderr == "tunledger: nothing more comes: processing ended, or the service stops\n"
+
+
+def test_a_file_of_a_capture_that_does_not_come_whole_is_not_kept(tmp_path: Path) -> None:
+    path = tmp_path / "x.pcapng"
+    capture = _answer("200 OK", {"files": [{"number": 0, "size_bytes": 6}]})
+    with _serving(capture, _chunks("oct", whole=False), capture, _chunks("octets", whole=True)) as server:
+        arguments = ("capture", "get", "tun0", "c1", "-w", str(path), "--url", server.url)
+        cut = _run(*arguments)
+        assert (cut.exit_code, path.exists()) == (3, False)
+        assert _run(*arguments).exit_code == 0
+    assert path.read_bytes() == b"octets"

@@ -111,7 +111,7 @@ def test_a_stage_that_comes_back_waits_longer_each_time_and_others_do_not_wait(
     until(lambda: len(observed.exits) == 1)
     attach(supervisor, feed, "a", work)(DEADLY)  # at once after the first
     until(lambda: len(observed.exits) == 2)
-    with pytest.raises(DataplaneError, match=r"a: .* crashed again; it is read again in [01]\.\d s") as caught:
+    with pytest.raises(DataplaneError, match=r"a: .* crashes again and again .*; it is read again") as caught:
         attach(supervisor, feed, "a", work)
     assert (caught.value.code, caught.value.retry) == ("processor_crashed", True)
     send = attach(supervisor, feed, "b", chain(COUNT))

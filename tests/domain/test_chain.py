@@ -108,3 +108,46 @@ def test_a_chain_is_shown_as_it_is_written_on_the_command_line() -> None:
     wanted = 'inspect > reply:networks=10.0.0.0/24+fd00::/64 > my-own:on_crash=bypass,limit=3,deep={"a":[1]}'
     assert shown(chain) == wanted
     assert shown([]) == "none"
+
+
+@pytest.mark.parametrize(
+    ("chain", "words"),
+    [
+        (
+            {"processor": "inspect"},
+            ': {"processor": "inspect"} is not a list of stages such as [{"processor": "inspect"}]',
+        ),
+        (
+            [{"procesor": "inspect"}],
+            '.0.processor: missing in {"procesor": "inspect"}; it names one, ours are inspect, ',
+        ),
+        ([{"procesor": "inspect"}], "; did you mean processor?"),
+        (
+            [{"processor": "inspect", "flow": 9}],
+            ".0.flow: unknown field; known here: flows, packets; did you mean flows?",
+        ),
+        (
+            [{"processor": "filter", "rules": {"a": True}}],
+            '.0.rules: {"a": true} is not a list of rules such as {"action"',
+        ),
+        (
+            [{"processor": "filter", "rules": [{"port": 25}]}],
+            ".0.rules.0.action: missing; it is needed; given here: port",
+        ),
+        ([{"processor": "inspect", "on_crash": ["x"] * 99}], '.0.on_crash: ["x", "x", "x"'),
+        ([{"processor": "balance", "to": []}], ".0.to: [] is empty; expected 1 to 64 of outputs such as "),
+        (
+            [{"processor": "reply", "networks": ["10.1.0.0/8"]}],
+            '"10.1.0.0/8" has bits behind its prefix; expected "10.0.0.0/8"',
+        ),
+        ([{"processor": "inspect"}] * 17, ": 17 stages are too many; at most 16"),
+        ([{"processor": "forward", "to": {"b": "\u202e"}}], '.0.to: {"b": "\\u202e"} is not a string'),
+    ],
+)
+def test_a_refusal_names_the_place_what_was_given_as_json_and_what_would_do(chain: Any, words: str) -> None:
+    with pytest.raises(TunledgerError) as refused:
+        parse_chain(chain, "processing.chain")
+    assert refused.value.message.startswith("processing.chain")
+    assert words in refused.value.message
+    assert len(refused.value.message) < 300
+    assert str(refused.value.field).startswith("processing.chain")

@@ -47,7 +47,7 @@ BAD_NAMES = [
     (None, "null"),
     (True, "true"),
     (7, "7"),
-    (["tun0"], "['tun0']"),
+    (["tun0"], '["tun0"]'),
 ]
 
 

@@ -77,8 +77,26 @@ def test_a_namespace_that_is_deleted_dies_and_the_interface_comes_back_with_it(
     assert service.call("GET", "/health")[0] == 200
     causes = {drift.cause for drift in of(service, ev.DriftDetected)}
     assert causes == {f"netns {blue.name} went away"}
+    eventually(lambda: blue.name in interface(service)["status"]["reason"], 5, "why")
+    words = interface(service)["status"]["reason"]
+    for path in ("flows", "packets", "tail", "capture/stream"):
+        status, problem = service.call("GET", f"{PATH}/tun0/{path}")
+        assert (status, problem["code"], problem["retry"]) == (409, "not_running", True)
+        assert problem["detail"] == f"tun0: nobody reads its packets, although its processing is on: {words}"
+    assert service.ok("GET", f"{PATH}/tun0/processing")["reason"] == words
+    status, problem = service.call("POST", f"{PATH}/tun0/start")
+    assert (status, problem["detail"]) == (
+        409,
+        f"packet processing on tun0 is on already, but tun0 is degraded: {words}",
+    )
+    assert interface(service)["status"]["observed"] is None
+    status, answer = service.call("PATCH", f"{PATH}/tun1", {"mtu": 1300}, headers={"Idempotency-Key": "meanwhile"})
+    assert (status, answer["spec"]["mtu"], answer["status"]["state"]) == (200, 1300, "degraded")
+    assert f"netns {blue.name} does not exist" in answer["status"]["reason"]
     blue.add()
     eventually(lambda: is_up(blue, "tun1"), 5, "tun1 again")
+    assert interface(service, "tun1")["status"]["observed"]["netns"] == blue.name
+    assert blue.links()["tun1"]["mtu"] == 1300
     if drift == "repair":
         eventually(lambda: is_up(blue), 5, "tun0 again")
         eventually(lambda: interface(service)["status"]["state"] == "applied", 5, "applied")

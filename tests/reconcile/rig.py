@@ -87,10 +87,10 @@ class Rig:
     def __init__(self, engine: Engine, kernel: Any, plane: CountingDataPlane, writer: LogWriter, path: Path):
         self.engine, self.kernel, self.plane, self.writer, self.path = engine, kernel, plane, writer, path
 
-    async def order(self, command: cmd.Command, **request: Any) -> Answer:
-        """Submit one command as root would."""
+    async def order(self, *commands: cmd.Command, **request: Any) -> Answer:
+        """Submit one command as root would, or several as a batch."""
         submission = cmd.Submission(
-            (command,), CommandId(CLOCK.new_id()), "uid:0", cmd.Request(via="v1", call="create", **request)
+            commands, CommandId(CLOCK.new_id()), "uid:0", cmd.Request(via="v1", call="create", **request)
         )
         return await self.engine.submit(submission)
 

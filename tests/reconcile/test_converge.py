@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from service.dataplane.supervisor import DataplaneError
+from service.dataplane.errors import DataplaneError
 from service.domain.spec import Processing, parse_spec
 from service.domain.token import Token
 from service.domain.values import InterfaceId, InterfaceName, NodeId

@@ -10,7 +10,7 @@ from service.domain import events as ev
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.spec import parse_spec
 from service.domain.token import Token
-from service.domain.values import Mode
+from service.domain.values import InterfaceName, Mode
 from service.kernel.fake import FakeNamespaces
 from tests.reconcile.rig import Rig, running
 
@@ -60,6 +60,53 @@ async def test_an_interface_in_a_namespace_that_went_can_be_deleted(tmp_path: Pa
         await rig.order(cmd.RetireInterface(rig.engine.state.find("tun0").name))  # type: ignore[union-attr]
         assert rig.engine.state.interfaces == {}
         assert rig.plane.held == {}
+
+
+async def test_an_interface_in_a_namespace_that_went_can_be_changed_and_comes_back_as_it_is_desired_then(
+    tmp_path: Path,
+) -> None:
+    hosts = FakeNamespaces()
+    hosts.add("blue")
+    async with running(tmp_path, hosts.host()) as rig:
+        await rig.declare(netns="blue", processing=RUNNING)
+        await rig.declare("tun1")
+        hosts.delete("blue")
+        await rig.order(cmd.DisableProcessing(InterfaceName("tun0")))  # nobody has noticed yet
+        assert rig.plane.held == {}
+        assert rig.of(ev.CommandApplied)[-1].steps == ["# stop processing on tun0"]
+        (changed,) = (await rig.change({"mtu": 1400})).finished
+        assert "netns blue does not exist" in changed.waits
+        assert rig.of(ev.CommandApplied)[-1].steps == []
+        assert rig.of(ev.CommandFailed) == []
+        known = rig.engine.state.find("tun0")
+        assert known is not None
+        assert "netns blue does not exist" in str(rig.engine.degraded(known.id))
+        assert rig.of(ev.RepairFailed)[-1].code == "netns_missing"
+        with pytest.raises(TunledgerError, match="netns blue does not exist"):
+            await rig.declare("tun2", netns="blue")
+        hosts.add("blue")
+        await rig.engine.reconcile_now()
+        assert ours(hosts) == ["blue/tun0", "tun1"]
+        assert hosts.host().observe().links["blue/tun0"].mtu == 1400
+        assert rig.plane.held == {}
+        assert rig.engine.degraded(known.id) is None
+
+
+async def test_a_batch_that_fails_elsewhere_leaves_one_whose_namespace_went_as_it_was(tmp_path: Path) -> None:
+    hosts = FakeNamespaces()
+    hosts.add("blue")
+    async with running(tmp_path, hosts.host()) as rig:
+        await rig.declare(netns="blue")
+        await rig.declare("tun1")
+        hosts.delete("blue")
+        hosts.own.fail(TunledgerError(ErrorCode.KERNEL_REFUSED, "no memory"))
+        patches = [cmd.PatchInterface(InterfaceName(name), {"mtu": 1300}) for name in ("tun0", "tun1")]
+        with pytest.raises(TunledgerError, match="no memory"):
+            await rig.order(*patches)
+        assert [(body.name, body.undone) for body in rig.of(ev.CommandFailed)] == [("tun0", True), ("tun1", True)]
+        spec = rig.engine.state.find("tun0").spec  # type: ignore[union-attr]
+        assert spec is not None
+        assert spec.mtu == 1500
 
 
 async def test_one_in_a_namespace_that_may_not_be_entered_is_not_taken_for_gone(tmp_path: Path) -> None:

@@ -98,9 +98,25 @@ def test_a_look_that_agrees_puts_no_repair_off() -> None:
     known = Troubles()
     at = contested(known)
     known.agreed(ONE, at + 1)
-    known.waits(ONE)
+    known.waits(ONE, MTU)
     assert known.next_try() == at + module.CONTEST_FIRST_S
     assert known.is_due(ONE, at + module.CONTEST_FIRST_S)
+
+
+def test_a_contest_says_what_differs_now_and_not_what_did_when_it_began() -> None:
+    known, down = Troubles(), (Difference("tun0.up", True, False),)
+    at = contested(known)
+
+    def words() -> str:
+        trouble = known.get(ONE)
+        assert trouble is not None
+        return trouble.message.partition("; ")[2]
+
+    assert words() == "as wanted now, and watched; last seen: tun0.mtu: desired 1400, observed 1500"
+    known.waits(ONE, down)
+    assert words() == "now: tun0.up: desired true, observed false"
+    known.agreed(ONE, at + 1)
+    assert words() == "as wanted now, and watched; last seen: tun0.up: desired true, observed false"
 
 
 def test_what_fails_while_it_is_contested_is_due_when_both_are() -> None:
@@ -122,6 +138,10 @@ def test_reported_drift_is_news_once_and_again_when_it_is_another() -> None:
     assert trouble is not None
     assert trouble.since == "t0"
     assert known.next_try() is None, "nobody is to mend it"
+    known.reported(OTHER, MTU, "t0", "netns blue went away")
+    other = known.get(OTHER)
+    assert other is not None
+    assert other.message.startswith("netns blue went away; changed by others, and left so")
     assert known.agreed(ONE, 3) == (True, 0)
     assert known.agreed(ONE, 4) == (False, 0)
 
