@@ -6,11 +6,11 @@ from bench import control, counters, dataplane, log, scale
 from bench.lab import under_way
 
 ALL = {
-    "control": (control.run, 60),
-    "counters": (counters.run, 60),
+    "control": (control.run, 20),
+    "counters": (counters.run, 150),
     "dataplane": (dataplane.run, sum(about_s for _, about_s in dataplane.PARTS.values())),
-    "log": (log.run, 60),
-    "scale": (scale.run, 60),
+    "log": (log.run, 120),
+    "scale": (scale.run, 480),
 }
 """Each, and about how many seconds it takes."""
 

@@ -1,8 +1,10 @@
 """The API while a worker has all it can do: does packets' work slow commands down?
 
 A real service on two cores. The worker has one for itself and gets a tenth more packets than it can read, so that the
-sender, on the other core, leaves some of it to the service; a client asks one thing after the other. Idle and loaded
-take turns. Beside it the same load with a C reader in the worker's place: what any reader would cost.
+sender, on the other core, leaves some of it to the service. A client asks one thing after the other, with a pause
+between: without, service and client together take a core's time, and it would be the worker that is held up. Idle and
+loaded take turns. Beside it the sender alone, into a device that nobody reads, and the same load with a C reader in the
+worker's place: what any sender and any reader would cost.
 """
 
 import http.client
@@ -20,9 +22,10 @@ from bench.figures import timed
 from bench.lab import READER_CPU, SENDER_CPU, Namespace, Programs, counted, open_tun, running, spent, tell, worker_of
 from tests.e2e.harness import Service
 
-ROUNDS = 5
-GETS, PATCHES = 100, 40  # a round
-OURS, OTHER = "bench0", "bench1"
+ROUNDS = 8
+GETS, PATCHES = 60, 60  # a round
+PAUSE_S = 0.005
+OURS, OTHER, UNREAD = "bench0", "bench1", "bench2"
 CHAIN = [{"processor": "inspect"}]
 AIM = 2.0
 
@@ -45,12 +48,14 @@ def measure_latency(programs: Programs, space: Namespace) -> None:
             assert service.process is not None
             worker = worker_of(service.process.pid)
             os.sched_setaffinity(worker, {READER_CPU})
-            fd = open_tun(OTHER, "10.61.0.1")
+            fds = open_tun(OTHER, "10.61.0.1"), open_tun(UNREAD, "10.62.0.1")
             client = http.client.HTTPConnection("127.0.0.1", service.port, timeout=30)
             try:
-                with running([programs["read"], str(fd), "bare", "0"], READER_CPU, [fd]) as reader:
-                    flood = [programs["flood"], OURS, "udp", "10.60.0.1", "10.60.1.1", "64", "1000"]
-                    beside = [programs["flood"], OTHER, "udp", "10.61.0.1", "10.61.1.1", "64", "1000"]
+                with running([programs["read"], str(fds[0]), "bare", "0"], READER_CPU, fds[:1]) as reader:
+                    flood, beside, unread = (
+                        [programs["flood"], name, "udp", f"{net}.0.1", f"{net}.1.1", "64", "1000"]
+                        for name, net in ((OURS, "10.60"), (OTHER, "10.61"), (UNREAD, "10.62"))
+                    )
                     rates = {name: _capacity(command) * 1.1 for name, command in ((OURS, flood), (OTHER, beside))}
                     for number in range(ROUNDS + 1):
                         tell(f"API latency: round {number} of {ROUNDS}")
@@ -59,6 +64,7 @@ def measure_latency(programs: Programs, space: Namespace) -> None:
                             busy.clear()
                         for state, sender, pid in (
                             ("idle", None, worker),
+                            ("the sender alone", [*unread, str(int(rates[OURS]))], worker),
                             ("the worker at full load", [*flood, str(int(rates[OURS]))], worker),
                             ("a C reader at full load", [*beside, str(int(rates[OTHER]))], reader.pid),
                         ):
@@ -68,7 +74,8 @@ def measure_latency(programs: Programs, space: Namespace) -> None:
                                 busy[state].append((spent(pid).total_s - before) / (perf_counter() - begun))
             finally:
                 client.close()
-                os.close(fd)
+                for fd in fds:
+                    os.close(fd)
         finally:
             service.close()
     _show(times, busy)
@@ -95,8 +102,10 @@ def _capacity(flood: Sequence[str]) -> float:
 
 def _ask(client: http.client.HTTPConnection, state: str, times: dict[tuple[str, str], list[float]]) -> None:
     for _ in range(GETS):
+        sleep(PAUSE_S)
         times["GET status", state].append(timed(partial(_call, client, "GET", f"/api/v1/interfaces/{OURS}")))
     for number in range(PATCHES):
+        sleep(PAUSE_S)
         change = partial(_call, client, "PATCH", f"/api/v1/interfaces/{OURS}", {"mtu": 1400 + number % 2})
         times["PATCH mtu", state].append(timed(change))
 

@@ -23,7 +23,7 @@ import uuid_utils
 from service import __version__, failpoints
 from service.api import bodies
 from service.config import WORKERS_MAX, Config
-from service.dataplane import registry
+from service.dataplane import registry, slices
 from service.dataplane.attachment import Ended
 from service.dataplane.errors import DataplaneError
 from service.dataplane.supervisor import Supervisor
@@ -105,6 +105,7 @@ def serve(config: Config) -> int:
         TunledgerError: why it could not start: schema_mismatch, already_serving, invalid_field, log_unavailable.
     """
     failpoints.arm(os.environ)
+    slices.short()  # before there are threads
     _check_defaults(config)
     path = config.database.path
     if not path.parent.is_dir():

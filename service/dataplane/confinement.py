@@ -9,7 +9,7 @@ import resource
 import signal
 from typing import Final
 
-from service.dataplane import syscalls
+from service.dataplane import slices, syscalls
 
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 _PR_SET_NAME: Final = 15
@@ -22,8 +22,9 @@ def confine(index: int, parent_pid: int) -> None:
 
     No capability and no way to get one (reading an open TUN needs none), no signals meant for the service (systemd
     sends SIGTERM to the whole group, and the service still needs its workers to stop in order), as many open files as
-    allowed, and last, where this machine has the means, no system call that could open anything (`syscalls`). Exits at
-    once if the parent has already died, since PDEATHSIG would then never come. Raises OSError if the kernel refuses.
+    allowed, slices of the processor as usual where the service has short ones, and last, where this machine has the
+    means, no system call that could open anything (`syscalls`). Exits at once if the parent has already died, since
+    PDEATHSIG would then never come. Raises OSError if the kernel refuses.
     Sources: prctl(2), capset(2); credentials come first, because changing them may clear PDEATHSIG (kernel/cred.c,
     commit_creds).
     """
@@ -31,6 +32,7 @@ def confine(index: int, parent_pid: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    slices.usual()
     libc = ctypes.CDLL(None, use_errno=True)
     _prctl(libc, _PR_SET_NAME, f"tunledger-dp{index}".encode())
     _prctl(libc, _PR_SET_NO_NEW_PRIVS, 1)

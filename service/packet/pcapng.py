@@ -44,9 +44,7 @@ _BEFORE_TIME: Final = struct.Struct("<III")
 _TIME: Final = struct.Struct("<II")
 _BEHIND_TIME: Final = struct.Struct("<II")
 _TAIL: Final = struct.Struct("<HHIHHI")
-_LENGTHS_KEPT: Final = (
-    4096  # all lengths up to an MTU of 1,500, in both directions; some 450 octets each, with Python's own
-)
+_LENGTHS_KEPT: Final = 4096  # those up to an MTU of 1,500, both ways; 450 octets each with what Python needs
 
 
 def section(application: str) -> bytes:

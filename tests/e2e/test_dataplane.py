@@ -1,8 +1,10 @@
 """What people see of packets, end to end: captures that tcpdump reads, live and from files, and packets in words."""
 
 import contextlib
+import ctypes
 import hashlib
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -271,3 +273,29 @@ def test_a_file_goes_through_two_interfaces_into_another_namespace_and_comes_who
             assert service.call("DELETE", f"/api/v1/interfaces/{name}")[0] == 200
     finally:
         subprocess.run(["ip", "netns", "delete", there], check=False)
+
+
+def slice_ns(thread: int) -> int:
+    """What the kernel says of a thread's slices (sched_getattr(2)); 0 where it does not know any."""
+    numbers = {"x86_64": 315, "aarch64": 275}
+    attr = ctypes.create_string_buffer(48)
+    if platform.machine() not in numbers or ctypes.CDLL(None).syscall(numbers[platform.machine()], thread, attr, 48, 0):
+        return 0
+    return int.from_bytes(attr.raw[24:32], sys.byteorder)
+
+
+def test_a_worker_keeps_a_processor_as_long_as_others_and_the_services_threads_are_let_in_sooner(
+    running: Service,
+) -> None:
+    usual = slice_ns(os.getpid())
+    if usual == 0:
+        pytest.skip("missing: slices of the processor (Linux 6.12)")
+    assert running.process is not None
+    threads = [int(each.name) for each in Path(f"/proc/{running.process.pid}/task").iterdir()]
+    children = [
+        int(child) for thread in threads for child in Path(f"/proc/{thread}/task/{thread}/children").read_text().split()
+    ]
+    assert children
+    assert len(threads) > 2
+    assert {slice_ns(thread) for thread in threads} == {100_000} != {usual}
+    assert {slice_ns(child) for child in children} == {usual}
