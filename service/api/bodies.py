@@ -11,7 +11,7 @@ import msgspec
 
 from service.domain import commands as cmd
 from service.domain import values
-from service.domain.errors import ErrorCode, TunledgerError, close_to, invalid, shown
+from service.domain.errors import ErrorCode, TunledgerError, first_close, invalid, shown
 from service.domain.spec import InterfaceSpec, check, parse_spec, refuse_unknown
 from service.domain.values import Address, InterfaceName
 
@@ -175,7 +175,7 @@ def _batched(item: Any, *, allow_overlap: bool, recreate: bool) -> cmd.Command:
     kinds = ("create", "change", "start", "stop", "delete")
     if not isinstance(item, dict) or len(item) != 1 or next(iter(item)) not in kinds:
         keys = [key for key in item if key not in kinds] if isinstance(item, dict) else []
-        close = next((found for key in keys if (found := close_to(key, kinds))), "")
+        close = first_close(keys, kinds)
         text = f"{shown(item)} is not an object with one of: {', '.join(kinds)}{close}"
         raise TunledgerError(ErrorCode.INVALID_FIELD, text)
     ((kind, value),) = item.items()
