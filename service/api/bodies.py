@@ -11,7 +11,7 @@ import msgspec
 
 from service.domain import commands as cmd
 from service.domain import values
-from service.domain.errors import ErrorCode, TunledgerError, invalid, shown
+from service.domain.errors import ErrorCode, TunledgerError, first_close, invalid, shown
 from service.domain.spec import InterfaceSpec, check, parse_spec, refuse_unknown
 from service.domain.values import Address, InterfaceName
 
@@ -159,7 +159,7 @@ def batch(body: Mapping[str, Any], *, allow_overlap: bool, recreate: bool) -> tu
     if not isinstance(items, list) or not items:
         raise invalid("commands", items, 'is not a list such as [{"create": {"name": "tun1"}}]')
     if len(items) > BATCH_MAX:
-        raise invalid("commands", f"{len(items)} commands", f"are too many; at most {BATCH_MAX}")
+        raise invalid("commands", len(items), f"commands are too many; at most {BATCH_MAX}")
     found: list[cmd.Command] = []
     for number, item in enumerate(items):
         field = f"commands.{number}"
@@ -174,7 +174,10 @@ def batch(body: Mapping[str, Any], *, allow_overlap: bool, recreate: bool) -> tu
 def _batched(item: Any, *, allow_overlap: bool, recreate: bool) -> cmd.Command:
     kinds = ("create", "change", "start", "stop", "delete")
     if not isinstance(item, dict) or len(item) != 1 or next(iter(item)) not in kinds:
-        raise TunledgerError(ErrorCode.INVALID_FIELD, f"expected an object with one of: {', '.join(kinds)}")
+        keys = [key for key in item if key not in kinds] if isinstance(item, dict) else []
+        close = first_close(keys, kinds)
+        text = f"{shown(item)} is not an object with one of: {', '.join(kinds)}{close}"
+        raise TunledgerError(ErrorCode.INVALID_FIELD, text)
     ((kind, value),) = item.items()
     if not isinstance(value, dict):
         raise invalid(kind, value, "is not an object")

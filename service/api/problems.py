@@ -156,10 +156,11 @@ def _field(error: HTTPException) -> str | None:
 
 
 def _about(error: HTTPException) -> str | None:
-    """litestar's words on a parameter, led by its name; its `detail` names the URL only."""
+    """litestar's words on a parameter, led by its name and without names of Python; its `detail` names the URL only."""
     match error.extra:
         case [{"key": str(key), "message": str(message)}, *_]:
-            return f"{key}: {message[:1].lower()}{message[1:]}"
+            words = message.partition(", got ")[0].replace("`int`", "a whole number")
+            return f"{key}: {words[:1].lower()}{words[1:]}"
         case _:
             return None
 

@@ -197,7 +197,7 @@ class Client:
 
     def _unreachable(self, error: Exception) -> CallError:
         return CallError(
-            f"no tunledger answers at {self._bare} ({error}); start it with tunledger serve, or give --url",
+            f"no tunledger answers at {self._bare} ({_words(error)}); start it with tunledger serve, or give --url",
             reachable=False,
         )
 
@@ -295,7 +295,9 @@ class _Exchange:
             return CallError(f"{url} does not speak HTTP; is it tunledger?")
         if isinstance(error, TimeoutError):
             return NotAnsweredError(f"no answer from {url} within {self._client.timeout_s:g} s", reachable=False)
-        return BrokenConnectionError(f"the connection to {url} broke before the answer ({error})", reachable=False)
+        return BrokenConnectionError(
+            f"the connection to {url} broke before the answer ({_words(error)})", reachable=False
+        )
 
     def _cut_off(self, error: Exception) -> CallError:
         """A stream that began and did not come to its end: what the library says of that is for programmers."""
@@ -317,6 +319,11 @@ class _Exchange:
         return CallError(
             str(text or f"{self._client.url}{path} answered {status}"), problem=told if "code" in told else None
         )
+
+
+def _words(error: Exception) -> str:
+    """What an error says, without its number."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _events(lines: Iterator[str]) -> Iterator[Event]:

@@ -5,12 +5,14 @@ import shutil
 import socket
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Literal
 
 import sqlalchemy as sa
 
 from service.cli.client import CallError, Client, url_of
+from service.cli.local import not_ours_to_read
 from service.config import Config
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.state import Interface
@@ -68,14 +70,21 @@ def _device_node() -> Finding:
         os.close(tundev.open_node())
     except OSError as error:
         refusal = no_device_node(tundev.TUN_PATH, error.errno or 0)
-        return Finding("device node", "FAIL", refusal.message, "modprobe tun; in a container: --device /dev/net/tun")
+        mend = "modprobe tun; in a container: --device /dev/net/tun"
+        if refusal.code is ErrorCode.PERMISSION_DENIED:
+            mend = "run as root, or as a user who may read and write it"
+        return Finding("device node", "FAIL", refusal.message, mend)
     return Finding("device node", "ok", f"{tundev.TUN_PATH} opens")
 
 
 def _service(config: Config) -> Finding:
     host, port = config.server.host, config.server.port
     try:
-        health = Client(url_of(host, port)).get("/health", ok=(200, 503))
+        answer = Client(url_of(host, port)).call("GET", "/health", ok=(200, 401, 503))
+        health = answer.body if isinstance(answer.body, dict) else {}
+        if answer.status == HTTPStatus.UNAUTHORIZED:
+            mend = "ask as root, or as the user that the service runs as"
+            return Finding("service", "FAIL", f"{host}:{port}: {health.get('error')}", mend)
         if health.get("service") == "tunledger":
             if health["status"] == "healthy":
                 return Finding("service", "ok", f"tunledger answers on {host}:{port}")
@@ -99,6 +108,8 @@ def _database(config: Config, *, serving: bool) -> list[Finding]:
     try:
         database.require_current(path)
     except TunledgerError as error:
+        if (why := not_ours_to_read(path)) is not None:
+            return [Finding("database", "FAIL", why, "run as root, or as the service's user")]
         lost = error.code is ErrorCode.LOG_CORRUPT
         mend = "keep the file, restore a copy; until then the service starts read-only" if lost else "tunledger migrate"
         return [Finding("database", "FAIL", error.message, mend)]
@@ -183,6 +194,11 @@ def _leftovers(node: str, declared: Container[InterfaceId]) -> Finding:
             "warning",
             f"ours, but no longer declared: {', '.join(orphans)}",
             "tunledger serve removes them",
+        )
+    if foreign and not node:
+        names = ", ".join(foreign)
+        return Finding(
+            "interfaces", "warning", f"made by tunledger, and no log to tell by which: {names}", "mend that first"
         )
     if foreign:
         mend = "leave them to that one; only if its database is gone for good: ip link delete NAME"

@@ -33,6 +33,18 @@ def migrate(path: Path) -> tuple[str | None, str]:
         return run_migrations(path, now=clock.now)
 
 
+def not_ours_to_read(path: Path) -> str | None:
+    """Why this user may not read a database, where SQLite only says that it cannot open it; None if it may."""
+    for part in (path.parent, path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
+        try:
+            owner = part.stat().st_uid
+        except OSError:
+            continue
+        if not os.access(part, os.R_OK | (os.X_OK if part == path.parent else 0), effective_ids=True):
+            return f"{part} may not be read by uid {os.geteuid()}; it belongs to uid {owner}"
+    return None
+
+
 def verify(config: Config, url: str | None, head: tuple[int, str] | None = None) -> dict[str, Any]:
     """Read the whole log, and compare the state it folds to with what a running service shows.
 
@@ -47,6 +59,7 @@ def verify(config: Config, url: str | None, head: tuple[int, str] | None = None)
         "position": 0,
         "hash": "",
         "service": "not running",
+        "checked": False,
         "problems": [],
     }
     shown: dict[str, Any] | None = None
@@ -54,13 +67,15 @@ def verify(config: Config, url: str | None, head: tuple[int, str] | None = None)
         shown = Client(url or url_of(config.server.host, config.server.port)).get("/api/v1/state")
     except CallError as error:
         if error.reachable or url is not None:
+            report["service"] = "could not be read"
             report["problems"].append(f"the service's state could not be read: {error}")
     try:
         database.require_current(path)
         reader = LogReader(path)
     except TunledgerError as error:
-        report["problems"].append(error.message)
+        report["problems"].append(not_ours_to_read(path) or error.message)
         return report
+    report["checked"] = True
     try:
         found = reader.verify(head=head)
         report["problems"] += found.problems

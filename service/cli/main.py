@@ -292,7 +292,7 @@ def verify(
         click.echo(f"{report['database']}: {report['events']:,} events, {report['interfaces']} interfaces")
         click.echo(f"head: position {report['position']}, hash {report['hash']}")
         click.echo(f"state shown by the service: {report['service']}")
-        click.echo("sound" if not report["problems"] else "NOT SOUND")
+        click.echo("NOT CHECKED" if not report["checked"] else "NOT SOUND" if report["problems"] else "sound")
     if report["problems"]:
         sys.exit(FAILED)
 

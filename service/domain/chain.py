@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from service.domain.errors import ErrorCode, TunledgerError, close_to, invalid, shown_key, unknown
+from service.domain.errors import ErrorCode, TunledgerError, close_to, first_close, invalid, shown_key, unknown
 from service.domain.errors import shown as shown_json
 from service.domain.values import parse_bool, parse_int, parse_mac, parse_name
 
@@ -102,7 +102,7 @@ def _stage(value: object, field: str) -> Stage:
         raise invalid(field, value, 'is not an object such as {"processor": "inspect"}')
     if "processor" not in value:
         ours = ", ".join(BUILT_IN)
-        close = next((found for key in value if (found := close_to(key, ["processor"]))), "")
+        close = first_close(value, ["processor"])
         where = f"{field}.processor"
         text = f"{where}: missing in {shown_json(value)}; it names one, ours are {ours}{close}"
         raise TunledgerError(ErrorCode.INVALID_FIELD, text, field=where)

@@ -38,7 +38,7 @@ def decide(
             awaiting_confirmation, netns_missing, permission_denied. Of several, the field says which one:
             "commands.2.mtu".
     """
-    many = len(submission.commands) > 1
+    many = len(submission.commands) > 1 or submission.request.call.endswith("batch")
     seen: set[InterfaceName] = set()
     intents: list[ev.Intent] = []
     for number, command in enumerate(submission.commands):
@@ -139,7 +139,8 @@ def refuse_unknown_processors(state: State, intents: Sequence[ev.Intent], known:
             place = next(i for i, stage in enumerate(intent.spec.processing.chain) if stage["processor"] == name)
             at = f"processing.chain.{place}.processor"
             names = ", ".join([*BUILT_IN, *sorted(known)])
-            field = at if len(intents) == 1 else f"commands.{number}.{at}"
+            many = len(intents) > 1 or intent.request.call.endswith("batch")
+            field = f"commands.{number}.{at}" if many else at
             close = close_to(name, [*BUILT_IN, *known])
             raise invalid(field, name, f"is no processor here; known: {names}{close}")
 

@@ -8,9 +8,12 @@ import difflib
 import json
 from collections.abc import Collection, Iterable
 from enum import StrEnum
+from itertools import islice
 from typing import Final
 
 SHOWN_MAX: Final = 64  # characters of what was given, in an error
+_JSON: Final = json.JSONEncoder(ensure_ascii=False, default=str)
+COMPARED_MAX: Final = 8  # keys of what was given that are compared with those that would do
 
 
 class ErrorCode(StrEnum):
@@ -108,6 +111,11 @@ def close_to(given: object, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def first_close(given: Iterable[object], known: Collection[str]) -> str:
+    """The same of the first of some keys that is close to one; few are looked at, since comparing takes long."""
+    return next((found for each in islice(given, COMPARED_MAX) if (found := close_to(each, known))), "")
+
+
 def shown(value: object) -> str:
     """A value as JSON people would recognise it, cut at 64 characters so that errors stay readable."""
     match value:
@@ -116,12 +124,17 @@ def shown(value: object) -> str:
         case bool():
             text = "true" if value else "false"
         case str():
-            return _cut('"' + "".join(c if c.isprintable() else repr(c)[1:-1] for c in value) + '"')
+            end = '"' if len(value) <= SHOWN_MAX else ""  # cut before, so that a long one costs nothing
+            return _cut('"' + "".join(c if c.isprintable() else repr(c)[1:-1] for c in value[:SHOWN_MAX]) + end)
         case dict() | list():
-            text = json.dumps(value, ensure_ascii=False, default=str)
+            text = ""
+            for part in _JSON.iterencode(value):  # piece by piece: most of a large one is not shown
+                text += part
+                if len(text) > SHOWN_MAX:
+                    break
         case _:
             text = str(value)
-    return _cut("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+    return _cut("".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: SHOWN_MAX + 1]))
 
 
 def _cut(text: str) -> str:
@@ -130,4 +143,4 @@ def _cut(text: str) -> str:
 
 def shown_key(key: str) -> str:
     """A field's name as it was given, cut at 64 characters: it goes into errors and the log."""
-    return _cut("".join(char if char.isprintable() else "?" for char in key))
+    return _cut("".join(char if char.isprintable() else "?" for char in key[: SHOWN_MAX + 1]))

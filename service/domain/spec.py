@@ -127,10 +127,13 @@ def _mac(value: object, field: str) -> str | None:
     return None if value is None else values.parse_mac(value, field)
 
 
+_PROCESSING: Final = ("running", "chain", "offloads")
+
+
 def _processing(value: object, field: str) -> Processing:
     if not isinstance(value, dict):
         raise invalid(field, value, 'is not an object such as {"running": true}')
-    refuse_unknown(value, ("running", "chain", "offloads"), f"{field}.")
+    refuse_unknown(value, _PROCESSING, f"{field}.")
     return Processing(
         running=values.parse_bool(value.get("running", False), f"{field}.running"),
         chain=parse_chain(value.get("chain", []), f"{field}.chain"),
@@ -182,6 +185,10 @@ def parse_spec(document: Mapping[str, object]) -> InterfaceSpec:
     Raises:
         TunledgerError: invalid_field, naming the field in dotted form.
     """
+    for key in document:
+        if key in _PROCESSING and key not in _PARSERS:
+            text = f"{key}: unknown field; did you mean processing.{key}?"
+            raise TunledgerError(ErrorCode.INVALID_FIELD, text, field=key)
     refuse_unknown(document, tuple(_PARSERS))
     if "name" not in document:
         raise TunledgerError(ErrorCode.INVALID_FIELD, 'name: missing; expected one such as "tun0"', field="name")

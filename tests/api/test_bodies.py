@@ -267,3 +267,18 @@ def test_configure_refuses_a_bad_value_and_names_its_field(field: str, value: ob
         bodies.configure({field: value}, TUN0)
     assert refusal.value.code is ErrorCode.INVALID_FIELD
     assert refusal.value.field == field
+
+
+def test_a_batch_with_a_command_that_is_none_names_what_was_given_and_what_is_close() -> None:
+    with pytest.raises(TunledgerError) as refused:
+        bodies.batch({"commands": [{"crate": {"name": "tun0"}}]}, allow_overlap=False, recreate=False)
+    assert refused.value.field == "commands.0"
+    assert refused.value.message == (
+        'commands.0: {"crate": {"name": "tun0"}} is not an object with one of: create, change, start, stop, delete; '
+        "did you mean create?"
+    )
+
+
+def test_a_field_of_processing_in_the_wrong_place_is_told_where_it_belongs() -> None:
+    with pytest.raises(TunledgerError, match=r"offloads: unknown field; did you mean processing\.offloads"):
+        bodies.spec({"name": "tun0", "offloads": "off"})

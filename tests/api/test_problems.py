@@ -86,4 +86,7 @@ def test_a_mistake_of_ours_is_500_without_its_details(api: Running, monkeypatch:
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=1001", "limit=x", "limit="])
 def test_a_bad_query_is_400(idle: Running, query: str) -> None:
-    assert idle.call("GET", f"/api/v1/history?{query}").status_code == HTTPStatus.BAD_REQUEST
+    answer = idle.call("GET", f"/api/v1/history?{query}")
+    assert answer.status_code == HTTPStatus.BAD_REQUEST
+    assert answer.json()["detail"].startswith("limit: expected a whole number")
+    assert "`" not in answer.json()["detail"], "names of Python"

@@ -20,6 +20,7 @@ from service.api.events import desired_json
 from service.cli import doctor
 from service.cli.client import url_of
 from service.config import SETTINGS
+from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.spec import InterfaceSpec
 from service.domain.state import Interface
 from service.domain.steps import CreateLink
@@ -184,6 +185,25 @@ def test_serve_without_a_database_says_what_to_do(tunledger: Tunledger) -> None:
 # -- verify
 
 
+def test_a_database_that_the_caller_may_not_read_is_not_called_unsound(
+    lived: Tunledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cannot = TunledgerError(ErrorCode.LOG_UNAVAILABLE, "unable to open database file (SQLITE_CANTOPEN)")
+
+    def closed(_path: Path) -> None:
+        raise cannot
+
+    monkeypatch.setattr("service.store.database.require_current", closed)
+    ran = lived("verify")
+    assert (ran.status, ran.out.splitlines()[-1]) == (1, "NOT CHECKED")
+    assert "SQLITE_CANTOPEN" in ran.out
+    monkeypatch.setattr("service.cli.local.os.access", lambda *_, **__: False)
+    ran = lived("verify")
+    assert "may not be read by uid" in ran.out
+    assert "SQLITE_CANTOPEN" not in ran.out
+    assert "run as root, or as the service's user" in lived("doctor").out
+
+
 def test_verify_of_a_sound_log(lived: Tunledger) -> None:
     ran = lived("verify", "--output", "json")
     assert ran.status == 0
@@ -194,6 +214,7 @@ def test_verify_of_a_sound_log(lived: Tunledger) -> None:
         "position": 3,
         "hash": ran.json["hash"],
         "service": "not running",
+        "checked": True,
         "problems": [],
     }
     assert len(ran.json["hash"]) == 64

@@ -1,11 +1,13 @@
 """Chains of processors: what users write, made whole, or refused by the name of the field."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from service.domain.chain import BUILT_IN, STAGES_MAX, custom, parse_chain, shown, targets
-from service.domain.errors import ErrorCode, TunledgerError
+from service.domain.errors import COMPARED_MAX, SHOWN_MAX, ErrorCode, TunledgerError, first_close
+from service.domain.errors import shown as shown_json
 from service.domain.spec import parse_spec, spec_to_json
 
 
@@ -151,3 +153,17 @@ def test_a_refusal_names_the_place_what_was_given_as_json_and_what_would_do(chai
     assert words in refused.value.message
     assert len(refused.value.message) < 300
     assert str(refused.value.field).startswith("processing.chain")
+
+
+def test_of_much_that_is_wrong_only_a_little_is_compared_and_shown() -> None:
+    looked_at: list[str] = []
+
+    def keys() -> Iterator[str]:
+        for number in range(1000):
+            looked_at.append(f"key{number}")
+            yield looked_at[-1]
+
+    assert first_close(keys(), ["processor"]) == ""
+    assert len(looked_at) <= COMPARED_MAX
+    assert shown_json(["x"] * 10**5) == ("[" + '"x", ' * 13)[:61] + "..."
+    assert len(shown_json("\x00" * 10**5)) == SHOWN_MAX

@@ -8,7 +8,7 @@ import pytest
 
 from service.domain import commands as cmd
 from service.domain import events as ev
-from service.domain.decide import intended
+from service.domain.decide import decide, intended, refuse_unknown_processors
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.observed import Host, HostNetwork, ObservedLink
 from service.domain.spec import InterfaceSpec, Processing
@@ -301,3 +301,26 @@ def test_a_pending_spec_is_what_the_engine_brings_the_host_to() -> None:
     log = stopped()
     log.append(retired())
     assert log.state.interfaces[interface_id(1)].wanted is None
+
+
+def test_what_is_on_already_and_degraded_is_not_called_running() -> None:
+    start = submission(cmd.EnableProcessing(name()))
+    with pytest.raises(TunledgerError) as refused:
+        decide(running().state, start, FREE, lambda: "", lambda _: "netns blue does not exist")
+    assert (
+        refused.value.message
+        == "packet processing on tun0 is on already, but tun0 is degraded: netns blue does not exist"
+    )
+
+
+def test_a_batch_of_one_names_its_command_as_any_batch_does() -> None:
+    batch = msgspec.structs.replace(V1, call="async:batch")
+    with pytest.raises(TunledgerError) as refused:
+        decide(nothing().state, submission(cmd.EnableProcessing(name()), request=batch), FREE, lambda: "")
+    assert refused.value.message == "commands.0: there is no interface tun0"
+    chain = [{"processor": "inspct"}]
+    declare = submission(cmd.DeclareInterface(spec(processing={"chain": chain})), request=batch)
+    intents = decide(nothing().state, declare, FREE, lambda: "an id")
+    with pytest.raises(TunledgerError, match="did you mean inspect") as refused:
+        refuse_unknown_processors(nothing().state, intents, ())
+    assert refused.value.field == "commands.0.processing.chain.0.processor"
