@@ -250,6 +250,8 @@ class Device:
             box.note(error, batch.packets[batch.at] if batch.at < len(batch.packets) else None)
             raise
         box_words[COUNT] = 0
+        if self.chain.foreign:
+            box.rows.forget()
         left = len(batch.packets)
         if left:
             self._words[self._drops_at + _END_OF_CHAIN] += left
@@ -304,6 +306,8 @@ class Device:
             self.box.note(error, batch.packets[batch.at] if batch.at < len(batch.packets) else None)
             raise
         self._nested -= 1
+        if self.chain.foreign:
+            self.box.rows.forget()
         box[SERIAL], box[AREA], box[COUNT], box[INDEX] = serial, area, count, index
 
     def _emit(self, packets: list[Packet], headers: list[Packet] | None, kinds: list[int] | None, drop: Drop) -> int:
