@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from service.dataplane.device_batch import DeviceBatch
 
 
+_OURS: Final = "service.dataplane.processors."
+
+
 class RefusedError(Exception):
     """A stage that cannot be: its processor is not there or does not like its options. For people."""
 
@@ -87,6 +90,8 @@ class Chain:
         self.from_kernel: Final = tuple(s for s in stages if "from_kernel" in s.processor.directions)
         self.to_kernel: Final = tuple(s for s in reversed(stages) if "to_kernel" in s.processor.directions)
         self.ticking: Final = tuple(s for s in stages if s.ticks)
+        self.foreign: Final = any(not type(s.processor).__module__.startswith(_OURS) for s in stages)
+        """Whether other packages' processors are among them: they may release the views that they are given."""
 
     def by_area(self, area: int) -> Stage | None:
         """The stage with this area."""

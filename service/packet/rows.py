@@ -14,7 +14,7 @@ import sys
 from array import array
 from itertools import repeat
 from operator import sub
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 
 class Rows:
@@ -23,7 +23,7 @@ class Rows:
     __slots__ = ("_memory", "_most", "_stride", "_structs", "_views", "_words", "least", "lengths", "octets", "places")
 
     def __init__(self, memory: memoryview, stride: int, most: int) -> None:
-        """Take `memory` (format "B"), whose first packet begins at 0; `stride` is a multiple of 4."""
+        """Take `memory` (format "B"), whose first packet begins at 0; `stride` is even."""
         self._memory: Final = memory[: stride * most]
         self._stride: Final = stride
         self._most: Final = most
@@ -77,10 +77,12 @@ class Rows:
             words.byteswap()
         return words.tobytes()
 
-    def column(self, at: int, size: int) -> memoryview:
-        """A field of 1, 2 or 4 octets that begins `at` octets behind the beginning of every packet, of all places."""
+    def column(self, at: int, size: Literal[1, 2]) -> memoryview:
+        """A field of 1 or 2 octets that begins `at` octets behind the beginning of every packet, of all places."""
         whole = self._memory[at:]
-        return whole[: len(whole) // size * size].cast(" BH I"[size])[:: self._stride // size]
+        if size == 1:
+            return whole[:: self._stride]
+        return whole[: len(whole) // 2 * 2].cast("H")[:: self._stride // 2]
 
     def fields(self, form: str) -> tuple[Any, ...]:
         """The fields that `form` takes out of a packet, those of all packets in one row; a struct's format."""

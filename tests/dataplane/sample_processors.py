@@ -24,6 +24,7 @@ NAMES = {
         ("echo", "Echo"),
         ("open", "Open"),
         ("sink", "Sink"),
+        ("tidy", "Tidy"),
         ("missing", "NotThere"),
     )
 } | {"absent": "no.such.package:Thing"}
@@ -54,6 +55,14 @@ class Send(Processor):
     def process(self, batch: Batch) -> None:
         self._output.send(batch)
         batch.take(())
+
+
+class Tidy(Processor):
+    """Releases the views that it was given, as if they were its own."""
+
+    def process(self, batch: Batch) -> None:
+        for packet in batch.packets:
+            packet.release()
 
 
 class Drop(Processor):

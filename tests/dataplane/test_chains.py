@@ -38,6 +38,18 @@ def start(start_supervisor: StartSupervisor) -> Start:
     return lambda **arguments: start_supervisor(processors=NAMES, **arguments)
 
 
+def test_views_that_a_processor_releases_are_its_own(
+    start: Start, feed: MakeFeed, until: Until, observed: Observed
+) -> None:
+    supervisor = start()
+    device = feed()
+    supervisor.attach("a", device.fd, mode="tun", work=chain(COUNT, {"processor": "tidy"}))
+    for number in (1, 2, 3):
+        device.socket.send(IPV4_UDP)
+        until(lambda number=number: drops(supervisor, "a") == {"end_of_chain": number})
+    assert observed.exits == []
+
+
 def test_stages_get_what_the_one_before_left_and_what_is_left_ends_counted(
     start: Start, feed: MakeFeed, until: Until
 ) -> None:

@@ -53,6 +53,17 @@ def test_a_request_of_zeros_gets_a_checksum_that_linux_takes() -> None:
     assert answer[22:24] == b"\xff\xff"
 
 
+def test_more_pairs_of_addresses_than_are_remembered_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.dataplane.processors.reply.ENDS_MAX", 10)
+    stays, context = stage()
+    for number in (*range(1, 40), *range(1, 40)):
+        to = bytes([10, 7, 1, number])
+        (answer,) = run(stays, [build.echo(HOST, to, 1, 1)]).answered
+        assert answer == build.echo(to, HOST, 1, 1, reply=True)
+        assert len(stays._known) <= 10
+    assert context.counted == {"answered_icmp": 78}
+
+
 BAD_CHECK = bytearray(build.echo(HOST, LAB, 1, 1))
 BAD_CHECK[22] ^= 1
 OPTIONS = b"\x46" + build.echo(HOST, LAB, 1, 1)[1:20] + bytes(4) + build.echo(HOST, LAB, 1, 1)[20:]

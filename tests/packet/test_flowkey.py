@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from service.packet.classify import CLASSES, FIRST_MALFORMED, classify, classify_frame
 from service.packet.flowkey import FLOW_BYTES, Entry, Meter, flow_ends, flow_key, look_at
 from service.packet.parse import Frame, Packet, parse, parse_frame
+from service.packet.rows import Rows
 from service.packet.transport import IcmpHeader, Icmpv6Header, TcpHeader, UdpHeader
 from tests.packet import golden, strategies
 from tests.part import share
@@ -91,6 +92,100 @@ def test_frames_with_vlan_tags_are_agreed_on(packets: list[bytes], tags: int) ->
     for octets in packets:
         ethertype = "86dd" if octets[:1] and octets[0] >> 4 == 6 else "0800"
         agreed(bytes.fromhex(golden.MACS + "8100002a" * tags + ethertype) + octets, "tap")
+
+
+STRIDE = 4096
+MEMORY = memoryview(bytearray(b"\xff" * (64 * STRIDE)))  # what a batch leaves behind lies behind the next one's packets
+ROWS = Rows(MEMORY, STRIDE, 64)
+IN_ROWS = {"tun": Meter("tun", 64, ROWS), "tap": Meter("tap", 64, ROWS)}
+
+
+def agreed_in_rows(packets: list[bytes], mode: str) -> bool:
+    """A batch is found to be what its packets are; return whether it was looked at all at once."""
+    for place, octets in zip(ROWS.places, packets, strict=False):
+        place[: len(octets)] = octets
+    ROWS.hold([len(octets) for octets in packets])
+    views = ROWS.views()
+    assert views == packets
+    found, kind = IN_ROWS[mode].look_at_rows(views)
+    wanted = [look_at(octets, "tun" if mode == "tun" else "tap") for octets in packets]
+    assert list(map(facts, found)) == list(map(facts, wanted))
+    assert kind in (-1, wanted[0].kind)
+    assert kind < 0 or len({entry.kind for entry in wanted}) == 1
+    assert len(IN_ROWS[mode]) <= 64
+    return kind >= 0
+
+
+@st.composite
+def batches(draw: st.DrawFn, packets: st.SearchStrategy[bytes]) -> list[bytes]:
+    """Mostly one packet, with a few octets changed here and there, in all of them or in one."""
+    octets = bytearray(draw(packets))
+    batch = [octets] * draw(st.integers(1, 12))
+    for at, value in draw(st.lists(st.tuples(st.integers(0, 69), st.integers(0, 255)), max_size=3)):
+        changed = bytearray(batch[0])
+        changed[at : at + 1] = bytes([value])
+        for index in draw(st.just(range(len(batch))) | st.lists(st.integers(0, len(batch) - 1), max_size=2)):
+            batch[index] = changed
+    for index in draw(st.lists(st.integers(0, len(batch) - 1), max_size=1)):
+        batch[index] = batch[index][: draw(st.integers(0, 70))] + draw(st.binary(max_size=4))
+    return list(map(bytes, batch))
+
+
+@given(batches(strategies.octets))
+def test_any_batch_of_packets_is_agreed_on(packets: list[bytes]) -> None:
+    agreed_in_rows(packets, "tun")
+    agreed_in_rows(packets, "tun")
+
+
+@given(batches(strategies.frames))
+def test_any_batch_of_frames_is_agreed_on(packets: list[bytes]) -> None:
+    agreed_in_rows(packets, "tap")
+    agreed_in_rows(packets, "tap")
+
+
+def cut_with_its_total(octets: bytes, length: int, at: int) -> bytes:
+    """The first octets, the IP header at `at` saying that there are no more."""
+    cut = bytearray(octets[:length])
+    field, less = (at + 2, at) if octets[at] >> 4 == 4 else (at + 4, at + 40)
+    if length >= max(field + 2, less):
+        cut[field : field + 2] = (length - less).to_bytes(2, "big")
+    return bytes(cut)
+
+
+PLAIN = ("ipv4.tcp", "ipv4.udp", "ipv4.icmp", "ipv6.tcp", "ipv6.udp", "ipv6.icmpv6")
+
+
+@pytest.mark.parametrize("mode", ["tun", "tap"])
+def test_a_batch_of_one_kind_is_looked_at_at_once_but_for_each_octet_that_says_otherwise(mode: str) -> None:
+    at_once = set()
+    for packet in golden.PACKETS:
+        known = packet.octets
+        if mode == "tap":
+            known = bytes.fromhex(golden.MACS + ("86dd" if known[0] >> 4 == 6 else "0800")) + known
+        IN_ROWS[mode].look([memoryview(known)])  # so that it is remembered
+        if agreed_in_rows([known] * 9, mode):
+            at_once.add(CLASSES[look_at(known, "tun" if mode == "tun" else "tap").kind])
+        for at in range(min(len(known), 76)):
+            for value in (0x00, 0x06, 0x11, 0x45, 0xF0, known[at] ^ 1):
+                octets = bytearray(known)
+                octets[at] = value
+                agreed_in_rows([known] * 8 + [bytes(octets)], mode)
+                agreed_in_rows([bytes(octets)] * 9, mode)
+        for length in range(min(len(known), 76)):
+            agreed_in_rows([known[:length]] * 9, mode)
+            agreed_in_rows([known] * 8 + [known[:length]], mode)
+            agreed_in_rows([known] * 9, mode)  # what is behind the next ones' ends makes them whole
+            agreed_in_rows([cut_with_its_total(known, length, 14 if mode == "tap" else 0)] * 9, mode)
+    assert at_once == set(PLAIN), "or it is no faster than it was"
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@settings(max_examples=50_000, deadline=None)
+@given(batches(strategies.octets), batches(strategies.frames))
+def test_a_hundred_thousand_batches_are_agreed_on(packets: list[bytes], frames: list[bytes]) -> None:
+    agreed_in_rows(packets, "tun")
+    agreed_in_rows(frames, "tap")
 
 
 @pytest.mark.full
