@@ -477,8 +477,12 @@ def route_request() -> bytes:
 
 def read_link(data: bytes, start: int, stop: int, addresses: tuple[Address, ...] = ()) -> ObservedLink:
     """An RTM_NEWLINK body; addresses come in messages of their own."""
+    return _link_of(data, start, _values(data, start + _IFINFOMSG.size, stop, _LINK_VALUES), addresses)
+
+
+def _link_of(data: bytes, start: int, found: Mapping[int, bytes], addresses: tuple[Address, ...]) -> ObservedLink:
+    """The link of a body whose attributes have been found."""
     _family, _type, ifindex, flags, _change = _IFINFOMSG.unpack_from(data, start)
-    found = _values(data, start + _IFINFOMSG.size, stop, _LINK_VALUES)
     state = found[16][0] if 16 in found else 0
     alias = found[20].rstrip(b"\0").decode("utf-8", "replace") if 20 in found else ""
     mode, tun = _read_tun_info(found[18]) if 18 in found else (None, {})
@@ -735,16 +739,24 @@ class LinkReader:
 
     def _first_seen(self, body: bytes, addresses: Sequence[bytes]) -> _Seen:
         lasting, counted, start = list[slice](), slice(0, 0), 0
-        for attr, first, last in attributes(body, _IFINFOMSG.size, len(body)):
-            if attr in {7, 23}:  # IFLA_STATS, and IFLA_STATS64 with the same in 64 bits
-                lasting.append(slice(start, first))
-                start = last
-            if attr == 23:
-                counted = slice(first, last)
+        values: dict[int, bytes] = {}
+        offset, end, unpack = _IFINFOMSG.size, len(body), _ATTR.unpack_from
+        while offset + 4 <= end:  # one walk for both, as in `_values`
+            length, kind = unpack(body, offset)
+            if length < 4 or offset + length > end:
+                break
+            if kind in _LINK_VALUES:
+                values[kind] = body[offset + 4 : offset + length]
+            if kind in {7, 23}:  # IFLA_STATS, and IFLA_STATS64 with the same in 64 bits
+                lasting.append(slice(start, offset + 4))
+                start = offset + length
+                if kind == 23:
+                    counted = slice(offset + 4, start)
+            offset += (length + 3) & ~3
         lasting.append(slice(start, len(body)))
         read = [read_address(a, 0, len(a), tells_origin=self._tells_origin) for a in addresses]
         set_by_somebody = tuple(address for _index, address, kernel_made in read if not kernel_made)
-        return _Seen(body, addresses, tuple(lasting), counted, read_link(body, 0, len(body), set_by_somebody))
+        return _Seen(body, addresses, tuple(lasting), counted, _link_of(body, 0, values, set_by_somebody))
 
 
 def ifindex_of(body: bytes, start: int = 0) -> int:
