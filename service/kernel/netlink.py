@@ -480,10 +480,10 @@ def route_request() -> bytes:
 
 def read_link(data: bytes, start: int, stop: int, addresses: tuple[Address, ...] = ()) -> ObservedLink:
     """An RTM_NEWLINK body; addresses come in messages of their own."""
-    return _link_of(data, start, _values(data, start + _IFINFOMSG.size, stop, _LINK_VALUES), addresses)
+    return link_of(data, start, _values(data, start + _IFINFOMSG.size, stop, _LINK_VALUES), addresses)
 
 
-def _link_of(data: bytes, start: int, found: Mapping[int, bytes], addresses: tuple[Address, ...]) -> ObservedLink:
+def link_of(data: bytes, start: int, found: Mapping[int, bytes], addresses: tuple[Address, ...]) -> ObservedLink:
     """The link of a body whose attributes have been found."""
     _family, _type, ifindex, flags, _change = _IFINFOMSG.unpack_from(data, start)
     state = found[16][0] if 16 in found else 0
@@ -751,7 +751,7 @@ class LinkReader:
         values = {kind: body[part] for kind, part in layout.values}
         read = [read_address(a, 0, len(a), tells_origin=self._tells_origin) for a in addresses]
         set_by_somebody = tuple(address for _index, address, kernel_made in read if not kernel_made)
-        return _Seen(body, addresses, layout.lasting, layout.counted, _link_of(body, 0, values, set_by_somebody))
+        return _Seen(body, addresses, layout.lasting, layout.counted, link_of(body, 0, values, set_by_somebody))
 
 
 @dataclass(frozen=True, slots=True)
