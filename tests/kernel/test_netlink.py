@@ -241,9 +241,10 @@ def test_what_is_known_of_where_attributes_stand_is_not_believed_of_another_mess
     reader, message = netlink.LinkReader(tells_origin=True), bytearray(head + encoded(tree))
     for _ in range(4):  # each of one length, with other bytes in it
         outcomes: list[object] = []
-        for read in (lambda m: read_link(m, 0, len(m)), lambda m: reader.read([m], {})[0]):
+        for anew in (True, False):
             try:
-                outcomes.append(read(bytes(message)))
+                whole = bytes(message)
+                outcomes.append(read_link(whole, 0, len(whole)) if anew else reader.read([whole], {})[0])
             except UNREADABLE as error:
                 outcomes.append(type(error))
         assert outcomes[0] == outcomes[1]
