@@ -391,6 +391,7 @@ class _Service:
             monitor.start()
             applier.start()
             remover.start()
+            remover.run(lambda: removing.observe(()))  # opens its socket, should descriptors run out later
             try:
                 await workers
             except (DataplaneError, OSError) as error:

@@ -7,15 +7,17 @@ import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from service.api.traffic import Applied, End, Flow, Inspected, Kept
 from service.dataplane.attachment import StageStatus
 from service.dataplane.errors import DataplaneError
 from service.dataplane.flowtable import FlowRow, FlowTableReader
 from service.dataplane.supervisor import Supervisor
 from service.domain.errors import ErrorCode, TunledgerError
 from service.packet import pcapng
+
+if TYPE_CHECKING:  # what it imports takes longer than a start has to spare, and is wanted when somebody asks
+    from service.api.traffic import Applied, Flow, Inspected
 
 TRIM_BYTES = 1 << 20  # read at once
 
@@ -54,8 +56,10 @@ class Plane:
         """The chain's stages; none if no worker has the device."""
         return self._supervisor.stages(device)
 
-    def applied(self, device: str) -> Applied | None:
+    def applied(self, device: str) -> "Applied | None":
         """What a worker does with its packets; None if none has it."""
+        from service.api.traffic import Applied
+
         work = self._supervisor.attached().get(device)
         return None if work is None else Applied(work.chain, work.offloads, work.vnet_hdr)
 
@@ -64,7 +68,7 @@ class Plane:
         found = self._supervisor.counters().get(device)
         return {} if found is None else found.drops
 
-    def inspected(self, device: str) -> Inspected | None:
+    def inspected(self, device: str) -> "Inspected | None":
         """What the first inspecting stage of its chain knows; None if there is none."""
         stages = self._supervisor.stages(device)
         for place, memory in sorted(self._supervisor.stage_memory(device).items()):
@@ -73,7 +77,9 @@ class Plane:
         return None
 
 
-def _inspected(memory: memoryview) -> Inspected:
+def _inspected(memory: memoryview) -> "Inspected":
+    from service.api.traffic import Inspected, Kept
+
     try:
         table = FlowTableReader(memory)
     except ValueError as error:
@@ -97,8 +103,10 @@ _PROTOCOLS: Mapping[int, str] = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6"}
 _PORTS = (6, 17)
 
 
-def _flow(row: FlowRow) -> Flow:
+def _flow(row: FlowRow) -> "Flow":
     """A flow with its probable client first: the end with the higher port. Without ports there is none to tell by."""
+    from service.api.traffic import End, Flow
+
     ends = row.ends
     has_ports = ends.protocol in _PORTS and bool(ends.first_port or ends.second_port)
     first = End(str(ip_address(ends.first)), ends.first_port if has_ports else None)

@@ -6,7 +6,8 @@ the stage that names it is refused with the reason.
 """
 
 import importlib
-import importlib.metadata
+import os
+import sys
 from collections.abc import Mapping
 from typing import Final
 
@@ -33,8 +34,39 @@ def discover() -> dict[str, str]:
 
     Source: importlib.metadata, the packaging guide's entry points.
     """
+    if not _mentioned():
+        return {}
+    import importlib.metadata
+
     found = importlib.metadata.entry_points(group=GROUP)
     return {point.name: point.value for point in found if point.name not in BUILT_IN}
+
+
+def _mentioned() -> bool:
+    """Whether any package may have processors: the group stands in its entry_points.txt, or it is not a plain folder.
+
+    importlib.metadata reads all there is of all packages; that and its import take a start 20 ms.
+    """
+    for folder in dict.fromkeys(sys.path):
+        try:
+            names = os.listdir(folder or ".")  # noqa: PTH208  # pathlib makes an object of each
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return True  # an archive, or what only importlib knows how to read
+        for name in names:
+            if name.endswith(".egg"):
+                return True
+            if name.endswith((".dist-info", ".egg-info")):
+                try:
+                    with open(os.path.join(folder, name, "entry_points.txt"), "rb") as file:  # noqa: PTH118, PTH123
+                        if GROUP.encode() in file.read():
+                            return True
+                except (FileNotFoundError, NotADirectoryError):
+                    continue
+                except OSError:
+                    return True
+    return False
 
 
 class Registry:

@@ -409,12 +409,7 @@ def attached_index(route: netlink.RouteSocket, fd: int, attached_as: str | None 
     Args:
         attached_as: the name that it had just now, if that is known.
     """
-    if attached_as is not None:
-        with contextlib.suppress(OSError):
-            ifindex = route.index_of(attached_as)
-            if tundev.attached_name(fd) == attached_as:
-                return ifindex
-    name = tundev.attached_name(fd)
+    name = tundev.attached_name(fd) if attached_as is None else attached_as
     ifindex = route.index_of(name)
     if tundev.attached_name(fd) != name:
         raise errnos.gone(name)

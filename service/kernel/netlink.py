@@ -12,14 +12,16 @@ it into words.
 import ctypes
 import errno
 import fcntl
+import functools
 import ipaddress
 import os
 import socket
 import struct
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from service.domain.observed import LinkCounters, ObservedLink
 from service.domain.token import Token, parse_token
@@ -60,6 +62,7 @@ RECEIVE_BYTES = 1 << 18
 ERROR_TAKES_BYTES, LINK_TAKES_BYTES = 1 << 11, 1 << 13
 PIPELINED_MAX = 256  # messages in one datagram
 REMEMBERED_MAX = 1 << 14  # links that were read one by one
+LAYOUTS_MAX = 256  # lengths of messages about links, each with where its attributes stand
 SO_RCVBUFFORCE = 33  # asm-generic/socket.h; past net.core.rmem_max, with CAP_NET_ADMIN
 SIOCGIFINDEX = 0x8933  # linux/sockios.h
 RTEXT_FILTER_SKIP_STATS = 1 << 3  # linux/rtnetlink.h
@@ -477,8 +480,12 @@ def route_request() -> bytes:
 
 def read_link(data: bytes, start: int, stop: int, addresses: tuple[Address, ...] = ()) -> ObservedLink:
     """An RTM_NEWLINK body; addresses come in messages of their own."""
+    return link_of(data, start, _values(data, start + _IFINFOMSG.size, stop, _LINK_VALUES), addresses)
+
+
+def link_of(data: bytes, start: int, found: Mapping[int, bytes], addresses: tuple[Address, ...]) -> ObservedLink:
+    """The link of a body whose attributes have been found."""
     _family, _type, ifindex, flags, _change = _IFINFOMSG.unpack_from(data, start)
-    found = _values(data, start + _IFINFOMSG.size, stop, _LINK_VALUES)
     state = found[16][0] if 16 in found else 0
     alias = found[20].rstrip(b"\0").decode("utf-8", "replace") if 20 in found else ""
     mode, tun = _read_tun_info(found[18]) if 18 in found else (None, {})
@@ -587,7 +594,8 @@ def _values(data: bytes, offset: int, end: int, wanted: frozenset[int]) -> dict[
     return found
 
 
-def _read_tun_info(data: bytes) -> tuple[Mode | None, dict[int, int]]:
+@functools.lru_cache(256)  # it is the same for all TUNs that were made alike
+def _read_tun_info(data: bytes) -> tuple[Mode | None, Mapping[int, int]]:
     kind, values = b"", dict[int, int]()
     for attr, first, last in attributes(data, 0, len(data)):
         if attr == 1:  # IFLA_INFO_KIND
@@ -705,6 +713,7 @@ class LinkReader:
     def __init__(self, *, tells_origin: bool) -> None:
         self._tells_origin = tells_origin
         self._seen: dict[int, _Seen] = {}
+        self._layouts: dict[int, _Layout] = {}
 
     def read(self, bodies: Iterable[bytes], addresses: Mapping[int, Sequence[bytes]]) -> list[ObservedLink]:
         """The links of these bodies of RTM_NEWLINK, each once, with addresses from those of RTM_NEWADDR by ifindex.
@@ -734,17 +743,59 @@ class LinkReader:
         return found
 
     def _first_seen(self, body: bytes, addresses: Sequence[bytes]) -> _Seen:
-        lasting, counted, start = list[slice](), slice(0, 0), 0
-        for attr, first, last in attributes(body, _IFINFOMSG.size, len(body)):
-            if attr in {7, 23}:  # IFLA_STATS, and IFLA_STATS64 with the same in 64 bits
-                lasting.append(slice(start, first))
-                start = last
-            if attr == 23:
-                counted = slice(first, last)
-        lasting.append(slice(start, len(body)))
+        layout = self._layouts.get(len(body))
+        if layout is None or layout.headers_in(body) != layout.headers:
+            layout = _layout(body)
+            if layout.whole and len(self._layouts) < LAYOUTS_MAX:
+                self._layouts[len(body)] = layout
+        values = {kind: body[part] for kind, part in layout.values}
         read = [read_address(a, 0, len(a), tells_origin=self._tells_origin) for a in addresses]
         set_by_somebody = tuple(address for _index, address, kernel_made in read if not kernel_made)
-        return _Seen(body, addresses, tuple(lasting), counted, read_link(body, 0, len(body), set_by_somebody))
+        return _Seen(body, addresses, layout.lasting, layout.counted, link_of(body, 0, values, set_by_somebody))
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where the attributes of an RTM_NEWLINK stand.
+
+    Attributes:
+        headers, headers_in: the lengths and types of all attributes, and what finds them in another body. Where they
+            are equal in one as long, they all stand where they do here: each begins where the one before it ends.
+        whole: whether they fill the body.
+        values: those that are wanted, by type.
+        lasting, counted: see `_Seen`.
+    """
+
+    headers: tuple[int, ...]
+    headers_in: Callable[[bytes], tuple[Any, ...]]
+    whole: bool
+    values: tuple[tuple[int, slice], ...]
+    lasting: tuple[slice, ...]
+    counted: slice
+
+
+def _layout(body: bytes) -> _Layout:
+    lasting, counted, start = list[slice](), slice(0, 0), 0
+    headers, form, values = list[int](), [f"={_IFINFOMSG.size}x"], dict[int, slice]()
+    offset, end = _IFINFOMSG.size, len(body)
+    while offset + 4 <= end:
+        length, kind = _ATTR.unpack_from(body, offset)
+        if length < 4 or offset + length > end:
+            break
+        following = offset + _align(length)
+        headers += (length, kind)
+        form.append(f"HH{min(following, end) - offset - 4}x")
+        if kind in _LINK_VALUES:
+            values[kind] = slice(offset + 4, offset + length)
+        if kind in {7, 23}:  # IFLA_STATS, and IFLA_STATS64 with the same in 64 bits
+            lasting.append(slice(start, offset + 4))
+            start = offset + length
+            if kind == 23:
+                counted = slice(offset + 4, start)
+        offset = following
+    lasting.append(slice(start, len(body)))
+    found = struct.Struct("".join(form)).unpack_from
+    return _Layout(tuple(headers), found, offset >= end, tuple(values.items()), tuple(lasting), counted)
 
 
 def ifindex_of(body: bytes, start: int = 0) -> int:

@@ -588,8 +588,8 @@ def _joined(jobs: Sequence[Job]) -> list[Job]:
     if len(alike) < 2:
         return list(jobs)
     kinds: dict[object, list[Joinable]] = {}
-    for job in alike:
-        kinds.setdefault(job.kind, []).append(job)
+    for each in alike:
+        kinds.setdefault(each.kind, []).append(each)
     found: list[Job] = []
     for job in reversed(jobs):
         if not isinstance(job, Joinable):

@@ -701,7 +701,7 @@ def test_what_did_not_change_is_not_decoded_again(linux: LinuxHost, monkeypatch:
     linux.kernel.execute(OURS, [creation()])
     set_sysctl("net/ipv6/conf/tun0/disable_ipv6", "1")  # so that nothing comes to it by itself
     linux.kernel.execute(OURS, [st.AddAddress(TUN0, addr("10.0.0.1/24")), st.SetUp(TUN0)])
-    read, decoded = netlink.read_link, list[str]()
+    read, decoded = netlink.link_of, list[str]()
 
     def count(*message: Any, **how: Any) -> ObservedLink:
         link = read(*message, **how)
@@ -712,7 +712,7 @@ def test_what_did_not_change_is_not_decoded_again(linux: LinuxHost, monkeypatch:
     try:
         seen(linux)
         assert linux.kernel.observe().links["tun0"].counters.rx_packets == 0
-        monkeypatch.setattr(netlink, "read_link", count)
+        monkeypatch.setattr(netlink, "link_of", count)
         for packets in (1, 2):
             os.write(fd, bytes(10) + PACKET)  # behind a virtio_net_hdr that asks for nothing
             for names in (["tun0"], None):

@@ -231,3 +231,21 @@ def test_a_link_that_was_read_before_reads_as_if_it_had_not_been(first: bytes, t
     assert known.read_all([then], {}) == netlink.LinkReader(tells_origin=True).read([then], {})
     assert known.read_all([first], {}) == netlink.LinkReader(tells_origin=True).read([first], {})
     assert known.read_all([], {}) == []
+
+
+@settings(max_examples=300)
+@given(NESTED, some.binary(min_size=16, max_size=16), some.data())
+def test_what_is_known_of_where_attributes_stand_is_not_believed_of_another_message(
+    tree: object, head: bytes, data: some.DataObject
+) -> None:
+    reader, message = netlink.LinkReader(tells_origin=True), bytearray(head + encoded(tree))
+    for _ in range(4):  # each of one length, with other bytes in it
+        outcomes: list[object] = []
+        for anew in (True, False):
+            try:
+                whole = bytes(message)
+                outcomes.append(read_link(whole, 0, len(whole)) if anew else reader.read([whole], {})[0])
+            except UNREADABLE as error:
+                outcomes.append(type(error))
+        assert outcomes[0] == outcomes[1]
+        message[data.draw(some.integers(0, len(message) - 1))] = data.draw(some.integers(0, 255))

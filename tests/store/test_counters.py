@@ -136,7 +136,8 @@ def test_samples_that_come_with_the_events_of_one_transaction_are_written_as_one
 
     def sequence() -> int:
         ((found,),) = rows(path, "SELECT sequence FROM counter_progress")
-        return int(found)
+        assert isinstance(found, int)
+        return found
 
     log.writer.append([draft(note())], job(7, TWO)).result(DEADLINE_S)
     before, others = sequence(), list[str]()
