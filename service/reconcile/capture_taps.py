@@ -1,7 +1,7 @@
 """Captures at a device's wire side: put there, given their next files, looked at and taken away, by the data plane.
 
-When one is to end, and that its beginning and end are told, is not decided here. Stages of chains are in `capture_stages`,
-but for their next files, which come the same way.
+When one is to end, and that this is told, is not decided here. Stages of chains are in `capture_stages`, but for their
+next files, which come the same way.
 """
 
 import asyncio
