@@ -338,6 +338,7 @@ _CREATED: Final = Answer(schema=ref("Interface"), description="it was made", hea
 _PREVIEW: Final = Answer(schema=ref("Preview"), description="with `dry_run`: what would be done")
 _V1_QUERY: Final = ("DryRun", "ConfirmWithinS")
 _SPEC_CODES: Final = (*_BODY, _E.SUBNET_OVERLAP, _E.NAME_TAKEN, _E.NETNS_MISSING)
+_CHAIN_CODES: Final = (*_SPEC_CODES, _E.TARGET_MODE)
 _HISTORY_PARAMETERS: Final = (
     _query("id", "only of this incarnation", text(format="uuid")),
     _query("before", "only entries before this position", integer(minimum=1, maximum=POSITION_MAX)),
@@ -381,7 +382,7 @@ def _operations() -> list[Operation]:
             parameters=(*_V1_QUERY, "AllowOverlap", *_HEADERS_ALL, "IfNoneMatch"),
             body=ref("InterfaceSpec"),
             answers={200: _PREVIEW, 201: _CREATED, 202: _ACCEPTED},
-            codes=(*_V1_WRITE, *_SPEC_CODES, _E.INTERFACE_EXISTS),
+            codes=(*_V1_WRITE, *_CHAIN_CODES, _E.INTERFACE_EXISTS),
         ),
         Operation(
             method="get",
@@ -406,7 +407,7 @@ def _operations() -> list[Operation]:
             parameters=("Name", *_V1_QUERY, "AllowOverlap", "Recreate", *_HEADERS_ALL, "IfNoneMatch"),
             body=ref("InterfaceReplacement"),
             answers={200: _changed(ref("Interface"), "it was changed"), 201: _CREATED, 202: _ACCEPTED},
-            codes=(*_V1_WRITE, *_SPEC_CODES, _E.NEEDS_RECREATE, _E.NO_INTERFACE),
+            codes=(*_V1_WRITE, *_CHAIN_CODES, _E.NEEDS_RECREATE, _E.NO_INTERFACE),
         ),
         Operation(
             method="patch",
@@ -419,7 +420,7 @@ def _operations() -> list[Operation]:
             body=ref("InterfacePatch"),
             body_types=("application/merge-patch+json", "application/json"),
             answers={200: _changed(ref("Interface"), "it was changed"), 202: _ACCEPTED},
-            codes=(*_V1_WRITE, *_SPEC_CODES, _E.NEEDS_RECREATE, _E.NO_INTERFACE),
+            codes=(*_V1_WRITE, *_CHAIN_CODES, _E.NEEDS_RECREATE, _E.NO_INTERFACE),
         ),
         Operation(
             method="delete",
@@ -497,7 +498,7 @@ def _operations() -> list[Operation]:
             },
             codes=(
                 *_V1_WRITE,
-                *_SPEC_CODES,
+                *_CHAIN_CODES,
                 _E.INTERFACE_EXISTS,
                 _E.NEEDS_RECREATE,
                 _E.NO_INTERFACE,

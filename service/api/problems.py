@@ -26,6 +26,7 @@ STATUS: Final[Mapping[ErrorCode, HTTPStatus]] = {
     ErrorCode.NOT_RUNNING: HTTPStatus.CONFLICT,
     ErrorCode.NOT_INSPECTED: HTTPStatus.CONFLICT,
     ErrorCode.PART_OF_CHAIN: HTTPStatus.CONFLICT,
+    ErrorCode.TARGET_MODE: HTTPStatus.CONFLICT,
     ErrorCode.VERSION_CONFLICT: HTTPStatus.CONFLICT,
     ErrorCode.DEVICE_BUSY: HTTPStatus.CONFLICT,
     ErrorCode.NEEDS_RECREATE: HTTPStatus.CONFLICT,

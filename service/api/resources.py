@@ -1,6 +1,6 @@
 """How interfaces, commands and plans look in /api/v1. Pure: values in, JSON out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Final
 
@@ -10,8 +10,10 @@ from service.domain import events as ev
 from service.domain import steps as st
 from service.domain.observed import ObservedLink
 from service.domain.plan import Difference
+from service.domain.remarks import declared_modes, remarks
 from service.domain.spec import Processing, changes, spec_to_json
 from service.domain.state import Interface, Unconfirmed
+from service.domain.values import Mode
 from service.reconcile.answer import Preview
 from service.reconcile.engine import Engine
 from service.reconcile.troubles import Trouble
@@ -31,8 +33,14 @@ def interface_resource(
     applied: Processing | None = None,
     retry_in_s: float | None = None,
     missing: str = MISSING,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """An interface: what is desired of it, and what is known of it. `missing` is why, where there is no link."""
+    """An interface: what is desired of it, and what is known of it.
+
+    Args:
+        missing: why, where there is no link.
+        notes: there where there are some.
+    """
     spec = interface.spec if interface.spec is not None else interface.wanted
     if interface.pending is not None:
         state = "pending"
@@ -59,6 +67,7 @@ def interface_resource(
             "declared_at": interface.declared_at,
             **_observed(link, running, applied),
             "counters": counters,
+            **({"notes": list(notes)} if notes else {}),
         },
         "generation": interface.generation,
     }
@@ -96,8 +105,9 @@ def _observed(link: ObservedLink | None, running: bool, applied: Processing | No
 async def present(engine: Engine, interfaces: Sequence[Interface]) -> list[dict[str, Any]]:
     """Interfaces as they are now: one look at the kernel for all of them."""
     seen = await engine.observe_all(interfaces)
+    modes = declared_modes(engine.state)
     return [
-        of_engine(engine, i, seen[i.id].link, running=seen[i.id].attached, applied=seen[i.id].applied)
+        of_engine(engine, i, seen[i.id].link, running=seen[i.id].attached, modes=modes, applied=seen[i.id].applied)
         for i in interfaces
     ]
 
@@ -108,9 +118,10 @@ def of_engine(
     link: ObservedLink | None,
     *,
     running: bool,
+    modes: Mapping[str, Mode],
     applied: Processing | None = None,
 ) -> dict[str, Any]:
-    """An interface with what the engine knows of it."""
+    """An interface with what the engine knows of it, and of others: their `modes`."""
     return interface_resource(
         interface,
         link,
@@ -120,6 +131,7 @@ def of_engine(
         running=running,
         applied=applied,
         retry_in_s=engine.retry_in_s(interface.id),
+        notes=remarks(interface.wanted, modes) if interface.wanted is not None else (),
     )
 
 

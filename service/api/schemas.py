@@ -455,7 +455,12 @@ _STATUS: Final = record(
         "carrier": nullable(flag("whether somebody holds the device open")),
         "observed": nullable(_OBSERVED),
         "counters": {"anyOf": [ref("Counters"), {"type": "object", "maxProperties": 0}]},
-    }
+        "notes": listed(
+            text(),
+            "what to know of the spec though it stands, as that its chain names an undeclared interface",
+        ),
+    },
+    optional=("notes",),
 )
 
 _CHANGE: Final = record(

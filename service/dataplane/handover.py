@@ -8,8 +8,11 @@ worker's death. So where the word does not come in time the worker is killed, on
 otherwise hold a device that nobody knows of.
 """
 
+import contextlib
 import errno
+import fcntl
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +39,8 @@ EXIT_TIMEOUT_S: Final = 1.0
 
 KILL_TIMEOUT_S: Final = 2.0
 """SIGKILL takes effect at once, but for a process stuck in the kernel."""
+
+_TUNSETOFFLOAD: Final = 0x400454D0  # linux/if_tun.h
 
 Made = tuple[list[Held | None], list[int]]
 """Stages as a worker is to be told, and the descriptors to send along, to be closed afterwards."""
@@ -125,6 +130,8 @@ class HandOver:
                     ended = self._roster.ended(held, there(made[0]), "worker_exit")
                     self._roster.keep(held)
                     self._roster.devices_lost += 1
+                if fd is not None and held.work.vnet_hdr:
+                    take_back_offloads(fd)
                 self._tell.lost([(held, str(error) or type(error).__name__, ended)])
                 if not isinstance(error, DataplaneError):
                     raise
@@ -157,6 +164,7 @@ class HandOver:
 
         stages, files = made
         try:
+            os.set_blocking(fd, False)  # as `kernel` opened a TUN; a worker may not change it
             setup = _setup(attachment, attachment.work, stages, [])
             failpoints.reach("dataplane.hand_over.before", fails=True)
             with self._roster.lock:
@@ -328,6 +336,16 @@ class HandOver:
     def _timeout(attachment: Attachment, worker: WorkerProcess | None = None) -> DataplaneError:
         message = f"{where(attachment, worker)} has not answered for {REQUEST_TIMEOUT_S:g} s"
         return DataplaneError("worker_timeout", message, retry=True)
+
+
+def take_back_offloads(fd: int) -> None:
+    """Have a device that no worker took ask for no offloads: they are the device's, and stay when it is closed.
+
+    A worker that lets go does that itself (`Device.close`). One that is killed cannot; but the service tries to hand
+    its devices to the next one at once, and either that takes them, with offloads of its own, or this is reached.
+    """
+    with contextlib.suppress(OSError):  # it is gone, or no TUN
+        fcntl.ioctl(fd, _TUNSETOFFLOAD, 0)
 
 
 def where(held: Attachment, worker: WorkerProcess | None = None) -> str:

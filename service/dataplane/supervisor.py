@@ -25,7 +25,13 @@ from service.dataplane import syscalls
 from service.dataplane.attachment import Attachment, DeviceCounters, Ended, Held, StageStatus
 from service.dataplane.contract import Mode
 from service.dataplane.errors import DataplaneError, errno_text
-from service.dataplane.handover import EXIT_TIMEOUT_S, KILL_TIMEOUT_S, REQUEST_TIMEOUT_S, HandOver
+from service.dataplane.handover import (
+    EXIT_TIMEOUT_S,
+    KILL_TIMEOUT_S,
+    REQUEST_TIMEOUT_S,
+    HandOver,
+    take_back_offloads,
+)
 from service.dataplane.line_reader import LineReader
 from service.dataplane.posts import Post
 from service.dataplane.provisions import FilesFor, Provisions, close_all
@@ -148,6 +154,12 @@ class Supervisor:
                 with self._roster.lock:
                     self._roster.release(attachment)
                 raise
+        except BaseException:
+            with self._roster.lock:
+                taken = device in self._roster.attachments  # by an earlier call, with offloads of its own
+            if work.vnet_hdr and not taken:
+                take_back_offloads(fd)
+            raise
         finally:
             # An fd that was none has been reported as such already.
             with contextlib.suppress(OSError):

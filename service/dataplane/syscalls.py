@@ -5,11 +5,13 @@ or change anything it has no descriptor of. Named is what the loop, Python's mem
 done with descriptors that the service handed over.
 
 Calls that do many things are allowed by their arguments. `fcntl` and `ioctl` would otherwise have the kernel send
-signals to the service (F_SETOWN, F_SETSIG, O_ASYNC), have it wait for descriptors that are shared with it (O_NONBLOCK
-taken away, also by FIONBIO), or keep and give away a device (TUNSETPERSIST, TUNSETOWNER).
+signals to the service (F_SETOWN, F_SETSIG, F_SETFL with O_ASYNC), have it wait for descriptors that are shared with it
+(F_SETFL without O_NONBLOCK, FIONBIO), or keep and give away a device (TUNSETPERSIST, TUNSETOWNER). Flags of a
+descriptor are not the worker's to set: what comes to it does not block already.
 
-What is left open: paths are in memory, where no filter looks. Whoever makes `newfstatat` by hand, with AT_EMPTY_PATH
-and a path all the same, learns size, mode and times of a file that its user may look up, not what is in it.
+What is left open: paths are in memory, where no filter looks, and `newfstatat` with an empty one is how glibc does
+fstat, which each set-up, mmap and FileIO need. Whoever makes it by hand, with AT_EMPTY_PATH and a path all the same,
+learns size, mode and times of a file that its user may look up, not what is in it.
 """
 
 import ctypes
@@ -104,10 +106,6 @@ _TUNSETOFFLOAD: Final = 0x400454D0  # linux/if_tun.h
 _MACHINES: Final = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH_ (linux/audit.h)
 
 _FCNTL_COMMANDS: Final = (fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL)  # os.dup, mmap
-NON_BLOCKING: Final = os.O_RDWR | os.O_NONBLOCK
-"""The one set of flags that a descriptor may be given, by F_SETFL: they are those of the description, which the service
-may have, too."""
-
 _PR_SET_SECCOMP: Final = 22  # linux/prctl.h
 _SECCOMP_MODE_FILTER: Final = 2  # linux/seccomp.h
 _RET_ALLOW: Final = 0x7FFF0000
@@ -188,11 +186,7 @@ def _program(column: int, architecture: int, pid: int) -> bytes:
     ]
     # abort(3) sends itself a signal.
     found += allow_with(_TGKILL, [(_LOW_AT[0], pid)])
-    found += allow_with(
-        _FCNTL,
-        *([(_LOW_AT[1], command)] for command in _FCNTL_COMMANDS),
-        [(_LOW_AT[1], fcntl.F_SETFL), (_LOW_AT[2], NON_BLOCKING)],
-    )
+    found += allow_with(_FCNTL, *([(_LOW_AT[1], command)] for command in _FCNTL_COMMANDS))
     # Offloads can be taken back (`Device.close`), not asked for.
     found += allow_with(_IOCTL, [(_LOW_AT[1], _TUNSETOFFLOAD), (_LOW_AT[2], 0), (_HIGH_AT[2], 0)])
     found += allow_with(_NEWFSTATAT, [(_LOW_AT[3], _AT_EMPTY_PATH)])

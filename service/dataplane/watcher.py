@@ -93,12 +93,27 @@ class Watcher:
         if fd == worker.pidfd:
             self._bury(worker)
             return
+        if fd == worker.words:
+            if not self._hear(worker):
+                self._forget(fd)  # it has closed its end, which would go on being ready
+            return
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(fd)
         with self._roster.lock:
             lost = self._roster.take_lost(worker)
         self._tell.lost(lost)
         self._tell.note_poke()
+
+    def _hear(self, worker: WorkerProcess) -> bool:
+        """Log what a worker says, as its own words; return whether it may say more. Raises BlockingIOError."""
+        lines = worker.hear()
+        for line in lines or ():
+            self._log.debug("a packet worker says", worker=worker.index, pid=worker.pid, line=line)
+        return lines is not None
+
+    def _forget(self, fd: int) -> None:
+        if self._watched.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
 
     def _kill_stuck(self) -> None:
         """Kill workers whose loop has not turned for `STUCK_S`, though there was something to do."""
@@ -142,7 +157,7 @@ class Watcher:
                 self._roster.lock.notify_all()
             self._log.error("worker cannot be started", worker=post.index, error=str(failure))
             return
-        for fd in (worker.pidfd, worker.notice):
+        for fd in (worker.pidfd, worker.notice, worker.words):
             self._watched[fd] = worker
             self._epoll.register(fd, select.EPOLLIN)
         if self._line_reader is not None and worker.lines is not None:
@@ -155,14 +170,17 @@ class Watcher:
 
     def _bury(self, worker: WorkerProcess) -> None:
         """Take a dead worker out of the tables, start the next one if it is due, tell the caller."""
-        for fd in (worker.pidfd, worker.notice):
-            self._epoll.unregister(fd)
-            del self._watched[fd]
+        with contextlib.suppress(BlockingIOError):
+            while worker.words in self._watched and self._hear(worker):
+                pass
+        for fd in (worker.pidfd, worker.notice, worker.words):
+            self._forget(fd)
         status = worker.reap()
         failpoints.reach("dataplane.buried")
         with self._roster.lock:
             lost = self._roster.take_lost(worker)
             last: dict[str, DeviceCounters] = {}
+            names: list[str] = []
             crash = self._roster.blame(worker, status)
             ended: list[Ended] = []
             for held in [held for held in self._roster.attachments.values() if held.worker is worker]:
@@ -173,6 +191,7 @@ class Watcher:
                 final = self._roster.keep(held)
                 if held.busy != "detaching":  # else who does gets the figures
                     last[held.device] = final
+                    names.append(held.name)
             # A crash that has its own back-off must not keep the other devices waiting.
             post = self._roster.posts[worker.index]
             post.vacate(status, worker.started, time.monotonic(), blamed=crash is not None)
@@ -183,7 +202,14 @@ class Watcher:
         if not report:
             return
         self._start_due()
-        self._log.warning("worker died", worker=worker.index, pid=worker.pid, status=status, devices=sorted(last))
+        self._log.error(
+            "a packet worker died",
+            worker=worker.index,
+            pid=worker.pid,
+            status=status,
+            error=worker.last_line,
+            devices=sorted(names),
+        )
         self._tell.exit(WorkerExit(worker.index, worker.pid, status, frozenset(last), last, crash))
 
     def _stop_all(self) -> None:

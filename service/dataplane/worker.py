@@ -25,7 +25,6 @@ starves neither the others nor control.
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import select
@@ -41,7 +40,6 @@ from service.dataplane.confinement import confine
 from service.dataplane.device import Device, Ports
 from service.dataplane.layout import CounterWriter
 from service.dataplane.registry import Registry
-from service.dataplane.syscalls import NON_BLOCKING
 from service.dataplane.wire import (
     FDS_MAX,
     MESSAGE_MAX_BYTES,
@@ -238,11 +236,10 @@ class Worker:
         if request.slot >= self._counters.slots or request.slot in self._by_slot:
             raise RefusedError(errno.EINVAL)
         fd = fds[0]
+        if os.get_blocking(fd):
+            raise RefusedError(errno.EINVAL)  # it would stop the loop, and its flags are not ours to set (`syscalls`)
         setup = _read_setup(fds[1])
         try:
-            if os.get_blocking(fd):  # a TUN comes as `kernel` opened it; a socket may not
-                # Not os.set_blocking, which is an ioctl whose argument no filter sees (`syscalls`).
-                fcntl.fcntl(fd, fcntl.F_SETFL, NON_BLOCKING)
             self._epoll.register(fd, select.EPOLLIN)
         except OSError as failure:
             raise RefusedError(failure.errno or errno.EIO) from failure

@@ -31,6 +31,13 @@ _PROGRAM: Final = (
 """Not `-m`, which would need `site` and its .pth files to find us in a checkout: 5 ms, and code of others."""
 
 
+_WORDS_BYTES: Final = 65_536
+"""Read at once of what a worker says on its standard error."""
+
+_LINE_BYTES: Final = 2000
+"""Of one line that is kept."""
+
+
 class NotAskedError(Exception):
     """The deadline passed before the request was handed over: the worker will never see it."""
 
@@ -82,6 +89,13 @@ class WorkerProcess:
             self.notice: Final = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             ours.callback(os.close, self.notice)
             inherited = [control.fileno(), memory, box, self.notice]
+            self.words, words = os.pipe2(os.O_CLOEXEC)
+            ours.callback(os.close, self.words)
+            theirs.callback(os.close, words)
+            os.set_blocking(self.words, False)
+            self._unfinished = b""
+            self.last_line = ""
+            """The last that it said: of a traceback, what was raised."""
             lines_fd = -1
             self.lines: socket.socket | None = None
             if packets_per_s is not None:
@@ -94,7 +108,7 @@ class WorkerProcess:
                 [python, "-I", "-S", "-c", _PROGRAM, str(_ROOT), *map(str, numbers), others],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=None,  # a traceback is for the service's own log
+                stderr=words,  # a traceback is for the service's log, in its form
                 close_fds=True,
                 pass_fds=inherited,
                 start_new_session=True,
@@ -191,6 +205,21 @@ class WorkerProcess:
         finally:
             os.close(pidfd)
 
+    def hear(self) -> list[str] | None:
+        """The lines that it has said on its standard error since the last time; None if it will say nothing more.
+
+        Raises BlockingIOError if there is nothing now.
+        """
+        said = os.read(self.words, _WORDS_BYTES)
+        *whole, rest = (self._unfinished + said).split(b"\n")
+        if not said and rest:
+            whole, rest = [rest], b""
+        self._unfinished = rest[:_LINE_BYTES]
+        lines = [line[:_LINE_BYTES].decode(errors="replace").rstrip() for line in whole if line.strip()]
+        if lines:
+            self.last_line = lines[-1].strip()
+        return lines if said or lines else None
+
     def reap(self) -> str:
         """Take a dead process's status, close what belonged to it, and return the status in words.
 
@@ -203,6 +232,7 @@ class WorkerProcess:
         with self._asking:  # whoever asks meanwhile is told by the end of control
             self._control.close()
         os.close(self.notice)
+        os.close(self.words)
         return f"exit {code}" if code >= 0 else f"signal {_signal_name(-code)}"
 
 

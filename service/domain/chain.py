@@ -59,14 +59,19 @@ def parse_chain(value: object, field: str) -> Chain:
 
 def targets(chain: Chain) -> frozenset[str]:
     """The names of the interfaces that a chain sends packets to."""
-    found: set[str] = set()
-    for stage in chain:
+    return frozenset(name for _path, name in target_fields(chain))
+
+
+def target_fields(chain: Chain) -> list[tuple[str, str]]:
+    """The same, each with its place in the chain: ("1.to", "tun1"), ("2.to.0.to", "tun2")."""
+    found: list[tuple[str, str]] = []
+    for place, stage in enumerate(chain):
         match stage["processor"]:
             case "forward":
-                found.add(stage["to"])
+                found.append((f"{place}.to", stage["to"]))
             case "balance":
-                found.update(target["to"] for target in stage["to"])
-    return frozenset(found)
+                found += [(f"{place}.to.{index}.to", target["to"]) for index, target in enumerate(stage["to"])]
+    return found
 
 
 def shown(stages: Sequence[Mapping[str, Any]]) -> str:

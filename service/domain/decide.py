@@ -10,9 +10,10 @@ import msgspec
 
 from service.domain import commands as cmd
 from service.domain import events as ev
-from service.domain.chain import BUILT_IN, custom
+from service.domain.chain import BUILT_IN, custom, target_fields, targets
 from service.domain.errors import ErrorCode, TunledgerError, close_to, invalid
 from service.domain.observed import Host, link_key
+from service.domain.remarks import declared_modes
 from service.domain.spec import InterfaceSpec, changes, check, parse_spec, spec_to_json
 from service.domain.state import Interface, State, Unconfirmed
 from service.domain.values import Address, InterfaceId, InterfaceName, check_host_address, parse_prefixlen
@@ -35,7 +36,7 @@ def decide(
     Raises:
         TunledgerError: why they are refused, all of them: invalid_field, subnet_overlap, interface_exists,
             name_taken, no_interface, already_running, not_running, precondition_failed, needs_recreate,
-            awaiting_confirmation, netns_missing, permission_denied. Of several, the field says which one:
+            awaiting_confirmation, netns_missing, permission_denied, target_mode. Of several, the field says which one:
             "commands.2.mtu".
     """
     many = len(submission.commands) > 1 or submission.request.call.endswith("batch")
@@ -58,7 +59,39 @@ def decide(
             raise TunledgerError(
                 error.code, f"commands.{number}: {error.message}", retry=error.retry, field=field
             ) from error
+    _refuse_other_modes(state, intents)
     return intents
+
+
+def _refuse_other_modes(state: State, intents: Sequence[ev.Intent]) -> None:
+    """Refuse chains that begin to send to interfaces of another mode, which are there or come with the same batch.
+
+    One that is there already may stay: its target was declared, or made anew in another mode, later (`remarks`).
+    """
+    modes = declared_modes(state)
+    for intent in intents:
+        match intent:
+            case ev.InterfaceDeclared() | ev.InterfaceReconfigured():
+                modes[intent.name] = intent.spec.mode
+            case ev.InterfaceRetired():
+                modes.pop(intent.name, None)
+    for number, intent in enumerate(intents):
+        if not isinstance(intent, ev.InterfaceDeclared | ev.InterfaceReconfigured):
+            continue
+        spec, present = intent.spec, state.find(intent.name)
+        old = present.spec if present is not None else None
+        had = targets(old.processing.chain) if old is not None and old.mode is spec.mode else frozenset()
+        for path, name in target_fields(spec.processing.chain):
+            mode = modes.get(name, spec.mode)
+            if mode is not spec.mode and name not in had:
+                at = f"processing.chain.{path}"
+                field = at if len(intents) == 1 else f"commands.{number}.{at}"
+                raise TunledgerError(
+                    ErrorCode.TARGET_MODE,
+                    f"{field}: {name} is a {mode}, and {spec.name} a {spec.mode}: neither takes the other's packets; "
+                    f"name an interface that is a {spec.mode}, or make {name} one",
+                    field=field,
+                )
 
 
 def _decide_one(

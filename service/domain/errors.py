@@ -50,6 +50,7 @@ class ErrorCode(StrEnum):
     TOO_MANY_CAPTURES = "too_many_captures"
     NOT_INSPECTED = "not_inspected"
     PART_OF_CHAIN = "part_of_chain"
+    TARGET_MODE = "target_mode"
     LOG_UNAVAILABLE = "log_unavailable"
     LOG_FULL = "log_full"
     LOG_CORRUPT = "log_corrupt"

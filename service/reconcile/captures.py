@@ -2,8 +2,8 @@
 
 Packets are written by the workers (the processor `capture`), into descriptors that come from here: files of a directory
 of ours, or a pipe that somebody reads live. Neither HTTP nor the capture's format belongs in here, nor does a worker;
-what a capture is lives in `captured`, its files in `capture_files`, what there are in `capture_register`, those that
-chains have in `capture_stages`.
+what a capture is lives in `captured`, its files in `capture_files`, what there are in `capture_register`, what the data
+plane does for them in `capture_taps`, and those that chains have in `capture_stages`.
 
 Theory of operation. A capture is one of three:
 
@@ -22,9 +22,9 @@ import asyncio
 import contextlib
 import fcntl
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import structlog
 
@@ -32,55 +32,20 @@ from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.values import InterfaceId, InterfaceName
 from service.reconcile.capture_files import CaptureFiles
 from service.reconcile.capture_register import CAPTURES_MAX, Record, Register
-from service.reconcile.capture_stages import ChainCaptures, Stage
+from service.reconcile.capture_stages import ChainCaptures
+from service.reconcile.capture_taps import Taps, WireCaptures, goes_on
 from service.reconcile.captured import REASONS, Asker, Capture, Kind, Live, Settings, own_end
 from service.store.reader import LogReader
 
 STOP_S: Final = 5.0
 """For how long a tap is tried to be taken away that the data plane has no time for."""
 
-STOP_RETRY_S: Final = 0.1
-
 LOOK_S: Final = 1.0
 """Between two looks at captures that nothing was heard of."""
 
 PIPE_BYTES: Final = 1 << 20  # fs.pipe-max-size, what anybody may have
 
-_OVER: Final = (ErrorCode.NOT_RUNNING, ErrorCode.NOT_FOUND)
-"""The device is not attached, or has no such tap; whatever else is said of a tap, it may be there still."""
-
 log = structlog.get_logger("tunledger.captures")
-
-
-class Taps(Protocol):
-    """What captures need of the data plane. Descriptors given to it stay the caller's. Devices are interface ids.
-
-    Every method blocks for a bounded time and raises TunledgerError.
-    """
-
-    def attached(self) -> Collection[str]:
-        """The devices that workers hold now."""
-        ...
-
-    def tap(self, device: str, stage: Mapping[str, Any], files: Sequence[int]) -> int:
-        """Put a processor at the device's wire side; its id."""
-        ...
-
-    def untap(self, device: str, tap_id: int) -> Mapping[str, int]:
-        """Take it away again; its last figures. not_running and not_found: it is not there (any more)."""
-        ...
-
-    def feed(self, device: str, stage_id: int, fd: int) -> None:
-        """Hand one more file to a tap or stage."""
-        ...
-
-    def tap_figures(self, device: str, tap_id: int) -> Mapping[str, int]:
-        """A tap's figures as they are."""
-        ...
-
-    def stages(self, device: str) -> Sequence[Stage]:
-        """The chain's stages; none if the device is not attached."""
-        ...
 
 
 class Captures:
@@ -106,14 +71,13 @@ class Captures:
         self._taps, self._now, self._new_id, self._trim = taps, now, new_id, trim
         self._register = Register(record, now=now, captures_max=captures_max)
         self._files = CaptureFiles(directory)
+        self._wire = WireCaptures(self._register, self._files, taps)
         self._chains = ChainCaptures(self._register, self._files, new_capture=self._made_stage, stages=taps.stages)
         self._closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._looking = asyncio.Lock()
         self._look_due = False  # a poke's look is on its way
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._early: dict[int, tuple[dict[str, int], str]] = {}
-        """Ends that were heard of while a tap was being made, whose id is not known yet."""
 
     # -- asking
 
@@ -148,7 +112,7 @@ class Captures:
                 os.close(fd)
                 self._files.unlink(capture)
                 raise
-            await self._attach(capture, fd, {})
+            await self._attach(capture, fd)
         if settings.max_seconds is not None:
             asyncio.get_running_loop().call_later(settings.max_seconds, self._time_over, capture)
         return capture
@@ -177,7 +141,7 @@ class Captures:
                 os.close(writing)
                 raise
             try:
-                await self._attach(capture, writing, {"live": True})
+                await self._attach(capture, writing)
             except BaseException:
                 os.close(reading)
                 raise
@@ -213,7 +177,7 @@ class Captures:
                 return
             capture.stopping = True
             try:
-                await self._untap(capture, patience_s)
+                await self._wire.untap(capture, patience_s)
             except BaseException as error:
                 capture.stopping = False
                 if reason != "asked" or not isinstance(error, TunledgerError):
@@ -305,8 +269,7 @@ class Captures:
             with self._register.room(interface_id, name):
                 yield
         finally:
-            if not self._register.starting:
-                self._early.clear()
+            self._wire.settled()
 
     def _made(self, interface_id: InterfaceId, name: InterfaceName, settings: Settings, kind: Kind) -> Capture:
         if kind != "stage" and interface_id not in self._taps.attached():
@@ -326,49 +289,10 @@ class Captures:
     def _made_stage(self, interface_id: InterfaceId, name: InterfaceName, settings: Settings) -> Capture:
         return self._made(interface_id, name, settings, "stage")
 
-    async def _attach(self, capture: Capture, fd: int, more: Mapping[str, Any]) -> None:
-        """Hand a descriptor to the data plane. If it does not take it, the capture is over."""
-        limits = {"max_packets": capture.settings.max_packets, "max_bytes": capture.settings.max_bytes}
-        stage = {
-            "processor": "capture",
-            "on_crash": "bypass",
-            "snaplen": capture.settings.snaplen,
-            "size_bytes": capture.settings.size_bytes,
-            "interval_s": capture.settings.interval_s,
-            "files": capture.settings.files,
-            "capture_id": capture.id,
-            **limits,
-            **more,
-        }
-        try:
-            try:
-                capture.worker_id = await asyncio.to_thread(self._taps.tap, capture.interface_id, stage, (fd,))
-            finally:
-                os.close(fd)
-        except BaseException:
-            await self._register.end(capture, "refused")
-            await self._forget(capture)
-            raise
-        if capture.worker_id in self._early:
-            await self._stage_ended(capture.interface_id, capture.worker_id, *self._early.pop(capture.worker_id))
-
-    async def _untap(self, capture: Capture, patience_s: float) -> None:
-        """Take a tap away, if it is there still. Raises TunledgerError: it may be."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + patience_s
-        while capture.worker_id is not None:
-            try:
-                found = await asyncio.to_thread(self._taps.untap, capture.interface_id, capture.worker_id)
-            except TunledgerError as error:
-                if error.code in _OVER or capture.lost:  # its device was let go of meanwhile
-                    log.info("a capture was over already", capture_id=capture.id, error=error.message)
-                    return
-                if not error.retry or loop.time() >= deadline:
-                    raise
-            else:
-                capture.figures.update(found)
-                return
-            await asyncio.sleep(STOP_RETRY_S)
+    async def _attach(self, capture: Capture, fd: int) -> None:
+        end = await self._wire.attach(capture, fd, live=capture.kind == "live")
+        if end is not None and capture.worker_id is not None:
+            await self._stage_ended(capture.interface_id, capture.worker_id, *end)
 
     async def _forget(self, capture: Capture) -> None:
         await asyncio.to_thread(self._files.unlink, capture)
@@ -388,27 +312,13 @@ class Captures:
             for capture in running:
                 try:
                     if capture.kind != "stage" and capture.interface_id in attached:
-                        await self._look_at_tap(capture)
+                        await self._wire.look(capture)
                     await self._act_on(capture)
                 except TunledgerError as error:
                     log.warning("a capture could not be looked at", capture_id=capture.id, error=error.message)
 
-    async def _look_at_tap(self, capture: Capture) -> None:
-        if capture.worker_id is None or not _goes_on(capture):
-            return
-        try:
-            found = await asyncio.to_thread(self._taps.tap_figures, capture.interface_id, capture.worker_id)
-        except TunledgerError as error:
-            if error.code is not ErrorCode.NOT_FOUND:
-                raise
-            if _goes_on(capture):  # taken away by somebody who did not wait to hear of it
-                await self._register.end(capture, capture.due or "interface_gone")
-            return
-        if _goes_on(capture):  # else these are not the last
-            capture.figures.update(found)
-
     async def _act_on(self, capture: Capture) -> None:
-        if not _goes_on(capture):
+        if not goes_on(capture):
             return
         over = capture.due or own_end(capture.kind, capture.figures)
         if over is not None:
@@ -418,32 +328,18 @@ class Captures:
                 await self.stop(capture, over, patience_s=0.0)
             await self._trim_full(capture, over)
         elif capture.figures.get("files_wanted", 0) > capture.given:
-            await asyncio.to_thread(self._give_next, capture)
+            await asyncio.to_thread(self._wire.give_next, capture)
 
     async def _trim_full(self, capture: Capture, reason: str) -> None:
         if reason == "disk_full" and capture.files:
             await asyncio.to_thread(self._trim, capture.files[max(capture.files)])
 
-    def _give_next(self, capture: Capture) -> None:
-        """Hand the next file over. Blocking. Raises TunledgerError: the old one goes on, to be tried again."""
-        assert capture.worker_id is not None  # it has figures
-        fd = self._files.open_next(capture)
-        try:
-            self._taps.feed(capture.interface_id, capture.worker_id, fd)
-        except BaseException:
-            self._files.undo_next(capture)
-            raise
-        finally:
-            os.close(fd)
-        capture.given += 1
-        self._files.keep_latest(capture)
-
     async def _stage_ended(
         self, interface_id: InterfaceId, stage_id: int, figures: Mapping[str, int], reason: str
     ) -> None:
         present = [each for each in self._register.of(interface_id) if each.worker_id == stage_id]
-        if not present and self._register.starting:
-            self._early[stage_id] = dict(figures), reason
+        if not present:
+            self._wire.heard(stage_id, figures, reason)
         for capture in present:
             if not capture.running:
                 continue
@@ -476,10 +372,6 @@ class Captures:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("a capture's end or next file came to nothing", error=str(task.exception()))
-
-
-def _goes_on(capture: Capture) -> bool:
-    return capture.running and not capture.stopping
 
 
 def _widen(pipe: int, octets: int) -> None:

@@ -493,7 +493,6 @@ class Engine:
     ) -> None:
         lost = frozenset(reading.interface_id for reading in last)
         names: list[str] = sorted(i.name for i in self.state.interfaces.values() if i.id in lost)
-        log.error("a packet worker died", worker=worker, pid=pid, status=status, devices=names)
         failpoints.reach("engine.worker_exit.before")
         try:
             body = ev.WorkerExited(worker=worker, pid=pid, status=status, devices=names)

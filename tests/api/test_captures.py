@@ -184,10 +184,9 @@ def test_captures_of_an_interface_that_is_no_more_are_listed_fetched_and_deleted
     assert refused(running, "GET", f"/captures/{capture['id']}") == (404, "not_found")
     running.run(running.captures.stop(running.captures.find(capture["id"])))  # its worker let go of it
     where = f"/api/v1/captures/{capture['id']}"
-    for query in ("", "?name=tun0"):
-        listed = running.call("GET", f"/api/v1/captures{query}").json()
-        (found,) = listed["captures"]
-        assert (found["id"], found["name"], found["state"]) == (capture["id"], "tun0", "stopped")
+    (found,) = running.call("GET", "/api/v1/captures").json()["captures"]
+    assert (found["id"], found["name"], found["state"]) == (capture["id"], "tun0", "stopped")
+    assert running.call("GET", "/api/v1/captures?name=tun0").json() == {"captures": [found]}
     assert running.call("GET", "/api/v1/captures?name=tun1").json() == {"captures": []}
     assert running.call("GET", "/api/v1/captures?name=a/b").status_code == 400
     assert running.call("GET", where).json() == found
@@ -243,3 +242,16 @@ def test_a_frame_is_decoded_with_its_ethernet_header_apart() -> None:
     found = packet_json("tap", time_ns=S, inbound=True, length=len(ARP), packet=ARP)
     assert found["line"] == "ARP, length 28"
     assert found["ethernet"]["source"] == "02:00:00:00:00:01"
+
+
+def test_a_chain_that_sends_to_nobody_says_so_and_one_that_cannot_be_is_refused(running: Running) -> None:
+    chain = [{"processor": "forward", "to": "tun1"}]
+    assert running.call("PATCH", BASE, {"processing": {"chain": chain}}).status_code == 200
+    (note,) = running.call("GET", BASE).json()["status"]["notes"]
+    assert note == "processing.chain.0.to: tun1 is not declared; what is sent there is dropped (no_output)"
+    assert running.call("POST", "/api/v1/interfaces", {"name": "tun1"}).status_code == 201
+    assert "notes" not in running.call("GET", BASE).json()["status"]
+    tap = {"name": "tap0", "mode": "tap", "processing": {"chain": chain}}
+    answer = running.call("POST", "/api/v1/interfaces", tap)
+    assert (answer.status_code, answer.json()["code"]) == (409, "target_mode")
+    assert answer.json()["pointer"] == "/processing/chain/0/to"

@@ -1,6 +1,7 @@
 """Chains on real TUNs: what the kernel hands over and takes, with offloads and without, while chains change."""
 
 import os
+import signal
 import socket
 import struct
 import threading
@@ -116,6 +117,25 @@ def test_offloads_are_taken_back_when_a_worker_lets_go(start: Start, until: Unti
         sizes = [len(os.read(bare, 70_000)) for _ in range(3)]
         assert 3028 not in sizes, "the next reader gets no segments"
         os.close(bare)
+
+
+def test_offloads_that_a_killed_worker_left_are_taken_back_where_no_other_one_takes_the_device(
+    start: Start, until: Until, observed: Observed
+) -> None:
+    supervisor = start()
+    fd = tun.open_device("tun0", persist=True, offloads=tun.ALL_OFFLOADS)
+    tun.set_up("tun0", "10.9.0.1")
+    supervisor.attach("tun0", fd, mode="tun", work=chain(COUNT, vnet_hdr=True))
+    os.kill(worker_pids()[0], signal.SIGKILL)
+    until(lambda: observed.exits)
+    again = tun.open_device("tun0", offloads=tun.ALL_OFFLOADS)
+    with pytest.raises(DataplaneError, match="picky"):
+        supervisor.attach("tun0", again, mode="tun", work=chain({"processor": "picky"}, vnet_hdr=True))
+    bare = tun.open_device("tun0")
+    send_segmented(PEERS["tun0"], bytes(3000), 1000)
+    sizes = [len(os.read(bare, 70_000)) for _ in range(3)]
+    assert 3028 not in sizes, "the next reader gets no segments"
+    os.close(bare)
 
 
 def test_no_packet_is_lost_while_chains_change(start: Start, until: Until, observed: Observed) -> None:

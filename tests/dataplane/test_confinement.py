@@ -82,10 +82,11 @@ def test_it_cannot_have_the_kernel_send_signals_for_it(command: int, argument: i
     [
         lambda fd: fcntl.fcntl(fd, fcntl.F_SETFL, 0),
         lambda fd: fcntl.fcntl(fd, fcntl.F_SETFL, os.O_RDWR),
+        lambda fd: fcntl.fcntl(fd, fcntl.F_SETFL, os.O_RDWR | os.O_NONBLOCK),
         lambda fd: fcntl.ioctl(fd, termios.FIONBIO, struct.pack("i", 0)),
         lambda fd: os.set_blocking(fd, True),
     ],
-    ids=["no flags", "F_SETFL", "FIONBIO", "set_blocking"],
+    ids=["no flags", "F_SETFL", "O_NONBLOCK", "FIONBIO", "set_blocking"],
 )
 def test_it_cannot_make_the_service_wait_for_what_they_share(attempt: Callable[[int], object]) -> None:
     notice = os.eventfd(0, os.EFD_NONBLOCK)
@@ -152,8 +153,7 @@ def test_it_can_do_what_its_loop_does_with_what_it_is_handed() -> None:
         os.dup2(memory, os.dup(memory), inheritable=False)
         with os.fdopen(os.dup(memory), "rb") as buffered:
             buffered.read()
-        fcntl.fcntl(left, fcntl.F_SETFL, syscalls.NON_BLOCKING)
-        assert not os.get_blocking(left.fileno())
+        assert os.get_blocking(left.fileno())
 
     with left, right:
         assert confined(loop) == "worked"

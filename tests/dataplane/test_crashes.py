@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import structlog
 
 from service.dataplane.attachment import Ended
 from service.dataplane.crashes import RESTART_MAX_S, Crashes, restart_delay_s
 from service.dataplane.errors import DataplaneError
 from service.dataplane.supervisor import Supervisor
 from service.dataplane.work import Work
+from service.dataplane.worker_process import WorkerProcess
 from tests.dataplane.conftest import Observed, Until
 from tests.dataplane.test_chains import COUNT, Start, chain, drops, start
 from tests.dataplane.test_supervisor import IPV4_UDP, MakeFeed, feed
@@ -55,6 +57,45 @@ def test_a_crash_is_told_with_the_stage_and_the_packet_that_did_it(
     assert crash.error == error
     assert crash.packet == (DEADLY + b"\0" * 400)[:256], "not the first of the batch, nor the first that was left in it"
     assert crash.packet_bytes == 429
+
+
+def test_a_death_is_one_line_of_the_log_and_its_traceback_is_for_who_looks_closer(
+    start: Start, feed: MakeFeed, until: Until, observed: Observed, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with structlog.testing.capture_logs() as said:
+        supervisor = start()
+        pid = supervisor._roster.posts[0].live.pid  # type: ignore[union-attr]
+        attach(supervisor, feed, "a", chain({"processor": "crash"}))(DEADLY)
+        until(lambda: observed.exits)
+    (death,) = [line for line in said if "died" in line["event"]]
+    assert death == {
+        "event": "a packet worker died",
+        "log_level": "error",
+        "worker": 0,
+        "pid": pid,
+        "status": "exit 1",
+        "error": "RuntimeError: could not bear it",
+        "devices": ["a"],
+    }
+    words = [line["line"] for line in said if line["log_level"] == "debug"]
+    assert words[0] == "Traceback (most recent call last):"
+    assert words[-1] == death["error"]
+    assert "Traceback" not in "".join(capfd.readouterr()), "raw"
+
+
+def test_what_a_worker_says_is_heard_in_lines_of_a_bounded_length() -> None:
+    worker = object.__new__(WorkerProcess)
+    reading, writing = os.pipe2(os.O_NONBLOCK)
+    vars(worker).update(words=reading, last_line="", _unfinished=b"")
+    os.write(writing, b"half a li")
+    assert worker.hear() == []
+    os.write(writing, b"ne\n" + b"x" * 10_000 + b"\n\nlast")
+    assert worker.hear() == ["half a line", "x" * 2000]
+    with pytest.raises(BlockingIOError):
+        worker.hear()
+    os.close(writing)
+    assert (worker.hear(), worker.hear(), worker.last_line) == (["last"], None, "last")
+    os.close(reading)
 
 
 def test_a_worker_killed_from_outside_is_nobodys_crash(

@@ -1,5 +1,6 @@
 """The worker's loop in this process, where one turn of it can be looked at."""
 
+import errno
 import os
 import select
 import socket
@@ -67,6 +68,8 @@ def bench() -> Iterator[Bench]:
 def test_a_turn_reads_no_more_than_a_batch_of_a_device(bench: Bench) -> None:
     feed, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with feed, device:
+        assert bench.attach(0, [os.dup(device.fileno())]) == errno.EINVAL, "one that blocks would stop the loop"
+        device.setblocking(False)
         assert bench.attach(0, [os.dup(device.fileno())]) == 0
         for _ in range(BATCH_MAX + 10):
             feed.send(IPV4_UDP)
@@ -78,7 +81,7 @@ def test_a_turn_reads_no_more_than_a_batch_of_a_device(bench: Bench) -> None:
 
 def test_a_slot_that_is_taken_or_not_there_is_refused_and_the_fd_closed(bench: Bench) -> None:
     for slot, error in ((0, 0), (0, 22), (2, 22)):
-        read_end, write_end = os.pipe()
+        read_end, write_end = os.pipe2(os.O_NONBLOCK)
         assert bench.attach(slot, [read_end]) == error
         os.close(read_end)
         if error:

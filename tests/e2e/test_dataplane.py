@@ -153,6 +153,12 @@ def workers(service: Service) -> list[int]:
     return [pid for pid in found if Path(f"/proc/{pid}/comm").read_text().startswith("tunledger-dp")]
 
 
+def test_without_a_number_of_workers_there_is_one_for_each_processor(service: Service) -> None:
+    service.start(TUNLEDGER_DATAPLANE__WORKERS="0")
+    eventually(lambda: len(workers(service)) == len(os.sched_getaffinity(0)), what="a worker for each processor")
+    assert service.call("GET", "/health")[0] == 200
+
+
 @needs_curl
 def test_captures_that_a_killed_worker_takes_along_say_so_and_have_what_is_in_their_files(running: Service) -> None:
     stage = {"processor": "capture", "files": 3}
