@@ -50,8 +50,11 @@ def assert_next_start_finds_nothing(world: World) -> None:
     world.assert_holds()
     # The world asks again: once to reconcile, and what it asked under a key, where a refusal is recorded anew.
     found = [event.body for event in world.service.events() if event.position > before]
-    again = [body for body in found if isinstance(body, ev.ReconcileRequested) and body.request.reason == "again"]
-    again += [body for body in found if isinstance(body, ev.CommandRejected) and body.request.reason == "again"]
+    again = [
+        body
+        for body in found
+        if isinstance(body, ev.ReconcileRequested | ev.CommandRejected) and body.request.reason == "again"
+    ]
     own = [type(body) for body in found if body not in again and not _reads_again(body)]
     assert own == [ev.ServiceStarted, ev.StartupReconciled], f"{world.case}: the next start found {found}"
     assert sum(isinstance(body, ev.ReconcileRequested) for body in again) == 1, f"{world.case}: {again}"
