@@ -14,7 +14,7 @@ from service.dataplane.supervisor import Supervisor
 from service.dataplane.work import Work
 from tests.dataplane.conftest import Observed, StartSupervisor, Until
 from tests.dataplane.sample_processors import NAMES
-from tests.dataplane.test_supervisor import IPV4_UDP, MakeFeed, feed, worker_pids
+from tests.dataplane.test_supervisor import IPV4_UDP, MakeFeed, feed, packets, worker_pids
 
 __all__ = ["feed"]
 
@@ -134,6 +134,27 @@ def test_a_changed_chain_keeps_the_stages_it_has_in_common(start: Start, feed: M
     assert [s.figures.get("seen") for s in supervisor.stages("a")] == [None, 2, 2, 1]
     supervisor.configure("a", Work())
     assert supervisor.stages("a") == []
+
+
+def test_a_chain_that_is_changed_under_traffic_loses_no_packet(start: Start, feed: MakeFeed, until: Until) -> None:
+    supervisor = start()
+    device, sent = feed(), 5000
+    supervisor.attach("a", device.fd, mode="tun", work=chain(COUNT))
+
+    def send() -> None:
+        for _ in range(sent):
+            device.socket.send(IPV4_UDP)  # waits while the queue is full
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    changes = 0
+    while sender.is_alive() or changes < 10:
+        supervisor.configure("a", chain(COUNT, *([COUNT] * (changes % 3))))
+        changes += 1
+    sender.join()
+    until(lambda: drops(supervisor, "a") == {"end_of_chain": sent})
+    assert supervisor.stages("a")[0].figures["seen"] == sent, "the stage that stayed has seen all"
+    assert packets(supervisor, "a") == sent
 
 
 @pytest.mark.parametrize(

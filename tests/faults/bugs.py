@@ -201,6 +201,46 @@ BUGS = (
         "        if True:\n",
         "tests/faults/test_hostile.py::test_somebody_who_fights_back_is_not_fought_for_ever",
     ),
+    Bug(
+        "a capture has its first packet before the log has the capture",
+        "service/reconcile/captures.py",
+        "                await self._begin(capture, asker)\n"
+        "            except BaseException:\n                os.close(fd)\n                self._unlink(capture)\n"
+        "                raise\n            await self._attach(capture, fd, {})\n",
+        "                await self._attach(capture, fd, {})\n"
+        "            except BaseException:\n                os.close(fd)\n                self._unlink(capture)\n"
+        "                raise\n            await self._begin(capture, asker)\n",
+        "tests/reconcile/test_captures.py::test_a_capture_is_in_the_log_before_the_data_plane_hears_of_it",
+    ),
+    Bug(
+        "stages begin anew with every change of their chain",
+        "service/dataplane/work.py",
+        "        same = next((each for each in left if each.spec == stage), None)\n",
+        "        same = None\n",
+        "tests/dataplane/test_chains.py::test_a_changed_chain_keeps_the_stages_it_has_in_common",
+    ),
+    Bug(
+        "a packet is lost when a chain is changed",
+        "service/dataplane/worker.py",
+        "        return self._set_up(device, _read_setup(fds[0]), fds)\n",
+        "        with contextlib.suppress(OSError):\n            os.read(device.fd, 65536)\n"
+        "        return self._set_up(device, _read_setup(fds[0]), fds)\n",
+        "tests/dataplane/test_chains.py::test_a_chain_that_is_changed_under_traffic_loses_no_packet",
+    ),
+    Bug(
+        "a worker may call whatever it likes",
+        "service/dataplane/confinement.py",
+        "        syscalls.refuse_others(libc)\n",
+        "        pass\n",
+        "tests/dataplane/test_chains.py::test_a_processor_can_open_nothing_and_start_nothing",
+    ),
+    Bug(
+        "a stage that crashed is not left out, though it is to be",
+        "service/dataplane/crashes.py",
+        "            record.bypassed.add(place)\n",
+        "            pass\n",
+        "tests/dataplane/test_crashes.py::test_a_stage_is_left_out_after_its_crash_until_the_chain_changes",
+    ),
 )
 
 
