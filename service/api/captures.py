@@ -259,7 +259,7 @@ class KeptController(Controller):
     path = "/api/v1/captures"
 
     @get("")
-    async def list_all(self, request: Request[Any, Any, Any], captures: Captures) -> Response[bytes]:
+    async def list_all(self, request: Request[Any, Any, Any], captures: NamedDependency[Captures]) -> Response[bytes]:
         """The captures of all interfaces, the latest last."""
         given = parameters(request, "name")
         name = parse_name(given["name"][0], "name") if "name" in given else None
@@ -268,7 +268,9 @@ class KeptController(Controller):
         return answer({"captures": [await _told(each) for each in found]})
 
     @get("/{capture_id:str}")
-    async def read(self, request: Request[Any, Any, Any], captures: Captures, capture_id: str) -> Response[bytes]:
+    async def read(
+        self, request: Request[Any, Any, Any], captures: NamedDependency[Captures], capture_id: FromPath[str]
+    ) -> Response[bytes]:
         """One capture."""
         parameters(request)
         capture = captures.find(capture_id)
@@ -276,7 +278,9 @@ class KeptController(Controller):
         return answer(await _told(capture))
 
     @delete("/{capture_id:str}", status_code=200)
-    async def remove(self, request: Request[Any, Any, Any], captures: Captures, capture_id: str) -> Response[bytes]:
+    async def remove(
+        self, request: Request[Any, Any, Any], captures: NamedDependency[Captures], capture_id: FromPath[str]
+    ) -> Response[bytes]:
         """End a capture, and delete its files."""
         parameters(request)
         capture = captures.find(capture_id)
@@ -284,7 +288,13 @@ class KeptController(Controller):
         return answer({"id": capture.id, "deleted": True})
 
     @get("/{capture_id:str}/files/{number:str}")
-    async def file(self, request: Request[Any, Any, Any], captures: Captures, capture_id: str, number: str) -> Stream:
+    async def file(
+        self,
+        request: Request[Any, Any, Any],
+        captures: NamedDependency[Captures],
+        capture_id: FromPath[str],
+        number: FromPath[str],
+    ) -> Stream:
         """One file of a capture, as far as it is written."""
         parameters(request)
         return await _file(captures.find(capture_id), number)
