@@ -17,6 +17,7 @@ from service.cli.options import (
     Command,
     Remote,
     Write,
+    complete_names,
     fail,
     name_argument,
     refused,
@@ -268,7 +269,7 @@ def capture_stop(remote: Remote, name: str, capture_id: str) -> None:
 @click.argument("capture_id")
 def capture_delete(remote: Remote, name: str, capture_id: str) -> None:
     """End a capture, and delete its files."""
-    found = _order(remote, "DELETE", _where(name, capture_id), None)
+    found = _order(remote, "DELETE", _kept(remote, name, capture_id)[0], None)
     if remote.json:
         show.emit_json(found)
     else:
@@ -277,10 +278,13 @@ def capture_delete(remote: Remote, name: str, capture_id: str) -> None:
 
 @capture.command(name="list")
 @remote_options
-@name_argument
-def capture_list(remote: Remote, name: str) -> None:
-    """The captures of NAME, under way and over."""
-    _show(remote, remote.get(f"/interfaces/{segment(name)}/captures")["captures"])
+@click.argument("name", required=False, shell_complete=complete_names)
+def capture_list(remote: Remote, name: str | None) -> None:
+    """The captures of NAME or of all, under way and over, also of interfaces that are no more."""
+    found = remote.get("/captures", name=name)["captures"]
+    if name is not None and not found:
+        found = remote.get(f"/interfaces/{segment(name)}/captures")["captures"]  # refused if there is none of that name
+    _show(remote, found)
 
 
 @capture.command(name="get")
@@ -291,12 +295,12 @@ def capture_list(remote: Remote, name: str) -> None:
 @click.option("--write", "-w", "path", type=click.Path(path_type=Path), help="Where to; by default standard output.")
 def capture_get(remote: Remote, name: str, capture_id: str, number: int | None, path: Path | None) -> None:
     """Fetch a file of a capture, also while it is being written."""
+    where, files = _kept(remote, name, capture_id)
     if number is None:
-        files = remote.get(_where(name, capture_id))["files"]
         if not files:
             fail(f"{capture_id} has no file")
         number = files[-1]["number"]
-    octets = remote.client.octets(f"/api/v1{_where(name, capture_id)}/files/{number}", {})
+    octets = remote.client.octets(f"/api/v1{where}/files/{number}", {})
     if path is None:
         _pour(octets)
     else:
@@ -335,6 +339,15 @@ def _pour(octets: Iterator[bytes]) -> None:
         refused(error)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+def _kept(remote: Remote, name: str, capture_id: str) -> tuple[str, list[Any]]:
+    """Where a capture of NAME is, which may be no more, and its files."""
+    where = f"/captures/{segment(capture_id)}"
+    found = remote.get(where)
+    if found["name"] != name:
+        fail(f"capture {capture_id} is of {found['name']}, not of {name}")
+    return where, found["files"]
 
 
 def _where(name: str, capture_id: str) -> str:

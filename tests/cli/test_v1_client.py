@@ -286,10 +286,22 @@ def test_a_live_capture_says_why_there_is_no_more_of_it() -> None:
 
 def test_a_file_of_a_capture_that_does_not_come_whole_is_not_kept(tmp_path: Path) -> None:
     path = tmp_path / "x.pcapng"
-    capture = _answer("200 OK", {"files": [{"number": 0, "size_bytes": 6}]})
+    capture = _answer("200 OK", {"name": "tun0", "files": [{"number": 0, "size_bytes": 6}]})
     with _serving(capture, _chunks("oct", whole=False), capture, _chunks("octets", whole=True)) as server:
         arguments = ("capture", "get", "tun0", "c1", "-w", str(path), "--url", server.url)
         cut = _run(*arguments)
         assert (cut.exit_code, path.exists()) == (3, False)
         assert _run(*arguments).exit_code == 0
     assert path.read_bytes() == b"octets"
+
+
+def test_a_capture_is_found_by_its_id_and_only_under_its_name() -> None:
+    capture = _answer("200 OK", {"name": "gone0", "files": [{"number": 0, "size_bytes": 6}]})
+    with _serving(capture, _chunks("octets", whole=True), capture) as server:
+        fetched = _run("capture", "get", "gone0", "c1", "--url", server.url)
+        other = _run("capture", "delete", "tun0", "c1", "--url", server.url)
+    assert (fetched.exit_code, fetched.stdout) == (0, "octets")
+    assert (other.exit_code, other.stderr) == (1, "tunledger: capture c1 is of gone0, not of tun0\n")
+    assert [line.split()[1] for line, _, _ in server.requests] == [
+        "/api/v1/captures/c1", "/api/v1/captures/c1/files/0", "/api/v1/captures/c1",
+    ]  # fmt: skip
