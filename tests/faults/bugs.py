@@ -204,12 +204,12 @@ BUGS = (
     Bug(
         "a capture has its first packet before the log has the capture",
         "service/reconcile/captures.py",
-        "                await self._begin(capture, asker)\n"
-        "            except BaseException:\n                os.close(fd)\n                self._unlink(capture)\n"
-        "                raise\n            await self._attach(capture, fd, {})\n",
-        "                await self._attach(capture, fd, {})\n"
-        "            except BaseException:\n                os.close(fd)\n                self._unlink(capture)\n"
-        "                raise\n            await self._begin(capture, asker)\n",
+        "                await self._register.begin(capture, asker)\n"
+        "            except BaseException:\n                os.close(fd)\n                self._files.unlink(capture)\n"
+        "                raise\n            await self._attach(capture, fd)\n",
+        "                await self._attach(capture, fd)\n"
+        "            except BaseException:\n                os.close(fd)\n                self._files.unlink(capture)\n"
+        "                raise\n            await self._register.begin(capture, asker)\n",
         "tests/reconcile/test_captures.py::test_a_capture_is_in_the_log_before_the_data_plane_hears_of_it",
     ),
     Bug(
