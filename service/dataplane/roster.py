@@ -147,7 +147,8 @@ class Roster:
                 self.lock.notify_all()
 
     def claim(self, device: str, busy: Busy, beside: Attachment | None) -> Attachment | None:
-        """Under the lock: wait until nobody else changes a device, and claim it; None if it is not there any more.
+        """Under the lock: wait until nobody else changes a device, and claim it; None if it is not there any more, or
+        going while another is `beside`.
 
         Raises DataplaneError `device_busy` after `BUSY_TIMEOUT_S`, at once where it comes or goes. What is asked of
         a worker afterwards has its own deadline: one is killed for not answering, and must have had the time to.
@@ -157,6 +158,8 @@ class Roster:
             while (held := self.attachments.get(device)) is not None and held.busy:
                 # Who waits for another holds its own meanwhile: waiting for such a one could go in a circle.
                 in_circle = beside is not None and held.waits
+                if beside is not None and held.busy == "detaching":
+                    return None  # it is on its way out, whoever wants to meet it
                 # And the watcher's thread brings the workers that others wait for.
                 if held.busy != "changing" or in_circle or threading.current_thread() is self.watcher:
                     raise busy_error(held)

@@ -78,6 +78,7 @@ def _refuse_other_modes(state: State, intents: Sequence[ev.Intent]) -> None:
     for number, intent in enumerate(intents):
         if not isinstance(intent, ev.InterfaceDeclared | ev.InterfaceReconfigured):
             continue
+        many = len(intents) > 1 or intent.request.call.endswith("batch")
         spec, present = intent.spec, state.find(intent.name)
         old = present.spec if present is not None else None
         had = targets(old.processing.chain) if old is not None and old.mode is spec.mode else frozenset()
@@ -85,7 +86,7 @@ def _refuse_other_modes(state: State, intents: Sequence[ev.Intent]) -> None:
             mode = modes.get(name, spec.mode)
             if mode is not spec.mode and name not in had:
                 at = f"processing.chain.{path}"
-                field = at if len(intents) == 1 else f"commands.{number}.{at}"
+                field = f"commands.{number}.{at}" if many else at
                 raise TunledgerError(
                     ErrorCode.TARGET_MODE,
                     f"{field}: {name} is a {mode}, and {spec.name} a {spec.mode}: neither takes the other's packets; "

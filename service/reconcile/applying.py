@@ -6,7 +6,9 @@ in here either.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import TypeVar
@@ -22,6 +24,8 @@ from service.reconcile.applier import Applier
 from service.reconcile.converge import Result, Wanted, compare, converge_each, inspect, look, sights
 from service.reconcile.crossing import Crossing
 from service.reconcile.hands import Hands
+
+REMOVED_MAX = 64  # interfaces in one removal; a look at everything, and all behind it, wait for no more
 
 Survey = tuple[tuple[str, ...], bool]  # keys of links, and whether the networks in use are wanted too
 T = TypeVar("T")
@@ -47,7 +51,7 @@ class Applying:
     ) -> None:
         self.hands = hands
         self._remover = remover
-        self._removing = threading.Lock()
+        self._turn, self._removing = threading.Lock(), threading.Lock()
         self._node, self._applier, self._crossing = node, applier, crossing
         self._formerly: dict[InterfaceId, frozenset[str | None]] = {}
 
@@ -62,11 +66,31 @@ class Applying:
         declares any more would be an orphan, and counters that are behind its last ones those of another life.
         """
 
-        def alone() -> T:
-            with self._removing:
-                return job()
+        done: Future[T] = Future()
 
-        return await self.run(alone)
+        def alone() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
+            with self._apart():
+                try:
+                    result = job()
+                except BaseException as error:  # noqa: BLE001  # it belongs to whoever waits for the job
+                    done.set_exception(error)
+                else:
+                    done.set_result(result)  # on its way to the loop before a removal begins
+
+        self._applier.run(alone)
+        return await self._crossing.result(done)
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Looks at everything and removals, one at a time and in turn: who waits is next, whoever has it now."""
+        with self._turn:
+            self._removing.acquire()
+        try:
+            yield
+        finally:
+            self._removing.release()
 
     def wanted(
         self,
@@ -124,8 +148,11 @@ class Applying:
     def _remove_each(self, orders: Sequence[Sequence[Wanted]]) -> list[list[Result]]:
         """In the remover's thread: all that wait as one batch."""
         assert self._remover is not None
-        with self._removing:
-            return converge_each(self._remover.hands, orders)
+        results: list[list[Result]] = []
+        for first in range(0, len(orders), REMOVED_MAX):
+            with self._apart():
+                results += converge_each(self._remover.hands, orders[first : first + REMOVED_MAX])
+        return results
 
     async def inspect(self, wanted: Sequence[Wanted]) -> list[Result]:
         """What differs of these interfaces now."""

@@ -79,10 +79,14 @@ FEW_OF = 4
 
 
 def look(hands: Hands, wanted: Sequence[Wanted]) -> tuple[dict[InterfaceId, Sight], Observed]:
-    """What there is of these interfaces: by name when few are asked for, by token among all links where that fails."""
+    """What there is of these interfaces: by name when few are asked for, by token among all links where that fails.
+
+    By name also where they may have left something: other hands than these may have put it there.
+    """
     attached = hands.dataplane.attached()
     few = len(wanted) <= max(FEW, hands.monitor.watching() // FEW_OF)
-    observed = hands.kernel.observe([w.key for w in wanted] if few else None)
+    left = [link_key(netns, w.name) for w in wanted for netns in w.formerly]
+    observed = hands.kernel.observe([*(w.key for w in wanted), *left] if few else None)
     if few and any(not w.fresh and not _bears(observed.links.get(w.key), w.token) for w in wanted):
         observed = hands.kernel.observe()
     return sights(wanted, observed, attached, hands.monitor), observed

@@ -250,10 +250,10 @@ class CounterKeeper:
     ) -> list[tuple[Any, ...]]:
         rows = []
         whole = back or self._went_back
-        self._recall([interface_id for interface_id, _now, _classes in figures], at, connection)
-        if len(self._last) > REMEMBERED_MAX:
+        if len(self._last) > max(REMEMBERED_MAX, 2 * len(figures)):  # more than these: others are retired by now
             self._last.clear()
             self._numbers.clear()
+        self._recall([interface_id for interface_id, _now, _classes in figures], at, connection)
         for interface_id, now, classes in figures:
             previous = self._last.get(interface_id)
             row = sample_row(previous, at, now, classes, interval_ms=self._interval_ms, whole=whole)

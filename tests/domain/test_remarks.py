@@ -36,10 +36,10 @@ def having(*specs: dict[str, Any]) -> State:
     return log.state
 
 
-def refusal(state: State, *wanted: dict[str, Any]) -> TunledgerError:
+def refusal(state: State, *wanted: dict[str, Any], request: cmd.Request = V1) -> TunledgerError:
     commands = tuple(cmd.DeclareInterface(spec(**fields)) for fields in wanted)
     with pytest.raises(TunledgerError) as caught:
-        decide(state, cmd.Submission(commands, CommandId("c9"), "uid:0", V1), Host(), lambda: interface_id(9))
+        decide(state, cmd.Submission(commands, CommandId("c9"), "uid:0", request), Host(), lambda: interface_id(9))
     return caught.value
 
 
@@ -59,6 +59,11 @@ def test_a_target_of_the_other_mode_is_refused_with_its_place_and_what_would_do(
 def test_one_of_the_same_batch_counts_as_it_will_be() -> None:
     error = refusal(State(), {"processing": to("tun1")}, TAP1)
     assert (error.code, error.field) == (ErrorCode.TARGET_MODE, "commands.0.processing.chain.1.to")
+
+
+def test_in_a_batch_of_one_the_field_is_of_the_batch() -> None:
+    error = refusal(having(TAP1), {"processing": to("tun1")}, request=cmd.Request(via="v1", call="batch"))
+    assert error.field == "commands.0.processing.chain.1.to"
 
 
 def test_targets_may_come_later_and_what_came_out_wrong_can_be_mended_step_by_step() -> None:

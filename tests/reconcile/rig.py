@@ -148,7 +148,7 @@ async def running(
     reader = LogReader(path)
     applier, plane, answers = Applier(), CountingDataPlane(), Answers(path)
     removing = removing or (kernel if isinstance(kernel, FakeKernel) else None)
-    remover = Remover(Applier(), Hands(removing, plane)) if removing is not None else None
+    remover = Remover(Applier("kernel-remover"), Hands(removing, plane)) if removing is not None else None
     engine = Engine(
         node=node,
         state=found.state,

@@ -187,3 +187,20 @@ async def test_orphans_are_removed_in_namespaces_and_what_others_moved_is_not(tm
         await rig.engine.reconcile()
         assert ours(hosts) == ["blue/tun0", "red/moved0"]
         assert rig.of(ev.DriftDetected) == []
+
+
+async def test_a_deletion_looks_where_the_interface_was_to_be_before_also_with_hands_of_its_own(tmp_path: Path) -> None:
+    """The remover's hands looked through `red` when nothing of ours was in it, and have never been there since."""
+    hosts = FakeNamespaces()
+    blue, red = hosts.add("blue"), hosts.add("red")
+    async with running(tmp_path, hosts.host(), removing=hosts.host()) as rig:
+        await rig.declare("tun9")
+        hosts.own.outside.delete("tun9")
+        await rig.order(cmd.RetireInterface(InterfaceName("tun9")))
+        await rig.declare(netns="red")
+        (alias,) = [link.alias for link in hosts.host().observe().links.values() if link.token is not None]
+        await replace(rig, netns="blue")
+        blue.outside.delete("tun0")
+        red.outside.add_link("tun0", Mode.TUN, alias=alias)  # as if somebody had moved it back
+        await rig.order(cmd.RetireInterface(InterfaceName("tun0")))
+        assert ours(hosts) == []

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from service.domain import commands as cmd
 from service.domain import events as ev
 from service.domain.values import InterfaceName
 from service.kernel.fake import FakeKernel
+from service.reconcile import applier, applying
 from tests.reconcile.rig import Rig, running
 
 pytestmark = pytest.mark.anyio
@@ -72,3 +74,44 @@ async def test_a_look_at_everything_comes_before_a_removal_or_after_it(
         assert not done
         held.released.set()
         await looking
+
+
+async def test_a_look_at_everything_is_heard_of_before_a_removal_that_comes_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the applier's thread does not get the processor right after its look."""
+    done = applier._do
+
+    def late(group: Any) -> None:
+        work = group[0].work
+
+        def lagging(items: Any) -> Any:
+            found = work(items)
+            if threading.current_thread().name == "kernel-applier" and looking:
+                time.sleep(0.2)
+            return found
+
+        group[0].work = lagging
+        done(group)
+
+    monkeypatch.setattr(applier, "_do", late)
+    looking = False
+    async with running(tmp_path, FakeKernel()) as rig:
+        await rig.declare("tun0")
+        looking = True
+        seen = asyncio.ensure_future(rig.engine._applying.look_at_all([]))
+        await asyncio.sleep(0.05)
+        gone = asyncio.ensure_future(rig.order(cmd.RetireInterface(InterfaceName("tun0"))))
+        await asyncio.wait({seen, gone}, return_when=asyncio.FIRST_COMPLETED)
+        assert seen.done()
+        assert not gone.done()
+        await gone
+
+
+async def test_of_many_removals_a_look_at_everything_waits_for_some_only(tmp_path: Path) -> None:
+    assert applying.REMOVED_MAX < applier.BATCH_MAX
+    async with running(tmp_path, FakeKernel()) as rig:
+        names = [InterfaceName(f"tun{number}") for number in range(applying.REMOVED_MAX + 3)]
+        await asyncio.gather(*(rig.declare(name) for name in names))
+        await asyncio.gather(*(rig.order(cmd.RetireInterface(name)) for name in names))
+        assert rig.engine.state.interfaces == {}

@@ -155,3 +155,22 @@ def test_samples_that_come_with_the_events_of_one_transaction_are_written_as_one
     assert counters.load(path).totals(TWO, Source.KERNEL) == {"rx_packets": 9}
     shown = "SELECT rx_packets FROM counter_raw JOIN counter_interfaces ON number = interface ORDER BY at, interface_id"
     assert rows(path, shown) == [(7,), (10,), (9,)]
+
+
+def test_more_interfaces_than_are_remembered_are_counted_all_the_same(
+    path: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counters, "REMEMBERED_MAX", 3)
+    keeper, book = counters.CounterKeeper(), Book()
+
+    def store(packets: int, interfaces: list[InterfaceId]) -> None:
+        readings = [book.take(_kernel("boot/3", packets, each)) for each in interfaces]
+        totals = {each: {"kernel": book.totals(each, Source.KERNEL)} for each in interfaces}
+        log.writer.run(keeper.store(readings, totals, NOW)).result(DEADLINE_S)
+
+    many = [InterfaceId(f"i{number}") for number in range(7)]
+    for each in many:  # as deletes come, one by one
+        store(1, [each])
+    for packets in (2, 3):  # and as samples do
+        store(packets, many)
+    assert {counters.load(path).totals(each, Source.KERNEL)["rx_packets"] for each in many} == {3}
