@@ -182,7 +182,7 @@ class Machine(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("runs", [5, pytest.param(WHOLE, marks=[pytest.mark.full, pytest.mark.timeout(1500)])])
+@pytest.mark.parametrize("runs", [3, pytest.param(WHOLE, marks=[pytest.mark.full, pytest.mark.timeout(1500)])])
 def test_the_api_does_what_a_simple_model_says(tmp_path: Path, runs: int) -> None:
     class Here(Machine):
         folder = tmp_path

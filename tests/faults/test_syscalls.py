@@ -48,7 +48,7 @@ ERRORS = ("EIO", "ENOSPC", "ENOMEM", "EINTR", "EPERM", "EBUSY")
 WAYS = ("SIGKILL", *ERRORS)
 EX_IOERR = 74  # sysexits.h
 STARTING = {"TUNLEDGER_RECONCILE__INTERVAL_S": "2"}  # what a start could not remove, the next look does
-MORE = 24  # cases of a kernel that refuses a step
+MORE = 12  # cases of a kernel that refuses a step
 CASES_A_WORLD = 8  # then a new one: looking at a world costs as much as happened in it
 
 # What cannot fail in earnest: waking the loop, making a socket non-blocking, asking whether a file is a terminal.
