@@ -87,7 +87,6 @@ class BlackBox:
         words: see above; the packet loop writes them in place.
         rows: the packets.
         buffers: what is read into by devices without headers, and `framed` by those with.
-        headers: what `framed` has in front of each packet.
     """
 
     def __init__(self, fd: int) -> None:
@@ -99,7 +98,8 @@ class BlackBox:
         room = STRIDE - HEADER_BYTES  # the end of a row is the next one's header
         self.buffers: Final = [whole[start : start + room] for start in starts]
         self.framed: Final = [whole[start - HEADER_BYTES : start + room] for start in starts]
-        self.headers: Final = [whole[start - HEADER_BYTES : start] for start in starts]
+        self._before: Final = [whole[start - HEADER_BYTES : start] for start in starts]
+        self._headers: list[memoryview] = []
         self.noted = False
         """Whether an end has been written down."""
         self._lengths: Final = whole[_LENGTHS_AT : _LENGTHS_AT + 4 * BATCH_MAX].cast("I")
@@ -111,6 +111,17 @@ class BlackBox:
         if self.rows.hold(lengths):
             self._lengths[: len(lengths)] = array("I", lengths)
         return self.rows.views()
+
+    def headers(self, count: int) -> list[memoryview]:
+        """What `framed` has in front of each of the first `count` packets, in a list of the caller's own."""
+        known = self._headers
+        known += map(memoryview, self._before[len(known) : count])
+        return known[:count]
+
+    def forget(self) -> None:
+        """The views may be of no use any more: somebody else had them in hand."""
+        self.rows.forget()
+        self._headers = []
 
     def note(self, error: BaseException, packet: memoryview | None) -> None:
         """Write down what Python said, and about which packet; the first time counts."""

@@ -151,7 +151,7 @@ class Batch:
         """Put another packet in the place of one: whole, with all its checksums."""
         self.packets[index] = memoryview(packet)
         if self.headers is not None:
-            self.headers[index] = NO_OFFLOAD
+            self.headers[index] = memoryview(NO_OFFLOAD)
         self.entries = None
 
     def answer(self, packet: bytes | bytearray | memoryview) -> bool:

@@ -222,7 +222,7 @@ class Device:
         headers: list[Packet] | None = None
         if self.vnet_hdr:
             lengths = [max(0, length - HEADER_BYTES) for length in lengths]
-            headers = box.headers[:count]
+            headers = box.headers(count)
         packets = box.packets(lengths)
         if headers is not None:
             self._fit(box.rows.octets, count)
@@ -252,7 +252,7 @@ class Device:
             raise
         box_words[COUNT] = 0
         if self.chain.foreign:
-            box.rows.forget()
+            box.forget()
         left = len(batch.packets)
         if left:
             self._words[self._drops_at + _END_OF_CHAIN] += left
@@ -287,6 +287,9 @@ class Device:
             if self._nested == NESTED_MAX:
                 drop(DropReason.OUTPUT_REFUSED, len(packets))
                 return 0
+            if self.chain.foreign:  # what is replaced or released here is another batch's still
+                packets = [memoryview(packet) for packet in packets]
+                headers = None if headers is None else [memoryview(header) for header in headers]
             batch = DeviceBatch(self, "to_kernel", packets, headers, entries)
             self._run_nested(batch)
             packets, headers, entries = batch.packets, batch.headers, batch.entries
@@ -308,7 +311,7 @@ class Device:
             raise
         self._nested -= 1
         if self.chain.foreign:
-            self.box.rows.forget()
+            self.box.forget()
         box[SERIAL], box[AREA], box[COUNT], box[INDEX] = serial, area, count, index
 
     def _emit(self, packets: list[Packet], headers: list[Packet] | None, kinds: list[int] | None, drop: Drop) -> int:

@@ -18,6 +18,10 @@ class DataplaneError(Exception):
         self.retry: Final = retry
 
 
+class NotHandedOverError(DataplaneError):
+    """The worker had too much to do to be told in time: it lives, knows of nothing, and has what it had."""
+
+
 def errno_text(error: int) -> str:
     """An errno with its name."""
     return f"{errno.errorcode.get(error, error)}: {os.strerror(error)}"

@@ -23,7 +23,7 @@ import structlog
 from service import failpoints
 from service.dataplane import layout
 from service.dataplane.attachment import Attachment, Busy, Ended, Held
-from service.dataplane.errors import DataplaneError, errno_text
+from service.dataplane.errors import DataplaneError, NotHandedOverError, errno_text
 from service.dataplane.provisions import Provisions, close_all, written
 from service.dataplane.roster import Roster, there
 from service.dataplane.telling import Telling
@@ -41,6 +41,7 @@ KILL_TIMEOUT_S: Final = 2.0
 """SIGKILL takes effect at once, but for a process stuck in the kernel."""
 
 _TUNSETOFFLOAD: Final = 0x400454D0  # linux/if_tun.h
+_TUNGETIFF: Final = 0x800454D2
 
 Made = tuple[list[Held | None], list[int]]
 """Stages as a worker is to be told, and the descriptors to send along, to be closed afterwards."""
@@ -293,6 +294,7 @@ class HandOver:
             yield
         except BaseException as error:
             died = isinstance(error, DataplaneError) and error.code in ("worker_gone", "worker_timeout")
+            died = died and not isinstance(error, NotHandedOverError)
             with self._roster.lock:
                 ended = self._roster.ended(attachment, there(new), "worker_exit" if died else "refused")
             self._tell.ended(ended)
@@ -308,7 +310,8 @@ class HandOver:
         try:
             return worker.ask_back(request, deadline, fds)
         except NotAskedError:
-            raise self._timeout(attachment) from None
+            asked = self._timeout(attachment)
+            raise NotHandedOverError(asked.code, asked.message, retry=asked.retry) from None
         except NoAnswerError:
             self._log.error("worker killed: it does not answer", worker=worker.index, device=attachment.name)
             self.see_dead(worker, attachment.name, 0.0)
@@ -342,10 +345,20 @@ def take_back_offloads(fd: int) -> None:
     """Have a device that no worker took ask for no offloads: they are the device's, and stay when it is closed.
 
     A worker that lets go does that itself (`Device.close`). One that is killed cannot; but the service tries to hand
-    its devices to the next one at once, and either that takes them, with offloads of its own, or this is reached.
+    its devices to the next one at once, and either that takes them, with offloads of its own, or this is reached. For
+    the one that it does not let go of there is `take_back_offloads_of`.
     """
     with contextlib.suppress(OSError):  # it is gone, or no TUN
         fcntl.ioctl(fd, _TUNSETOFFLOAD, 0)
+
+
+def take_back_offloads_of(held: Attachment) -> None:
+    """The same for a device whose worker is about to be killed for it. Where the kernel does not let us they stay."""
+    with contextlib.suppress(OSError):
+        for fd in held.worker.open_devices():
+            name, _, _ = fcntl.ioctl(fd, _TUNGETIFF, bytes(40)).partition(b"\0")
+            if name == held.name.encode():
+                take_back_offloads(fd)
 
 
 def where(held: Attachment, worker: WorkerProcess | None = None) -> str:

@@ -51,5 +51,5 @@ def plain(
 
 
 def nothing_left(count: int) -> list[Packet]:
-    """Headers that say so."""
-    return [NO_OFFLOAD] * count
+    """Headers that say so, each to be released as whoever has it likes."""
+    return [memoryview(NO_OFFLOAD) for _ in range(count)]

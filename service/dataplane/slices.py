@@ -7,6 +7,7 @@ which has to be woken. A thread that asks for short slices is let in before one 
 Linux only, by sched_setattr(2), for which no right is needed. A kernel that does not know slices leaves it at that.
 """
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -35,9 +36,13 @@ def usual() -> None:
 
 def _set(runtime_ns: int) -> None:
     number = _SCHED_SETATTR.get(platform.machine())
-    if number is None or os.sched_getscheduler(0) not in (os.SCHED_OTHER, os.SCHED_BATCH):
+    if number is None:
         return
-    nice = os.getpriority(os.PRIO_PROCESS, 0)
-    attr = _ATTR.pack(_ATTR.size, 0, _KEEP_POLICY, nice, 0, runtime_ns, 0, 0)
-    # What fails leaves things as they were: nothing depends on it but how soon an answer comes.
-    ctypes.CDLL(None).syscall(ctypes.c_long(number), ctypes.c_long(0), attr, ctypes.c_long(0))
+    # What fails leaves things as they were: nothing depends on it but how soon an answer comes. A filter of system
+    # calls that somebody put around the service may refuse any of these.
+    with contextlib.suppress(OSError):
+        if os.sched_getscheduler(0) not in (os.SCHED_OTHER, os.SCHED_BATCH):
+            return
+        nice = os.getpriority(os.PRIO_PROCESS, 0)
+        attr = _ATTR.pack(_ATTR.size, 0, _KEEP_POLICY, nice, 0, runtime_ns, 0, 0)
+        ctypes.CDLL(None).syscall(ctypes.c_long(number), ctypes.c_long(0), attr, ctypes.c_long(0))

@@ -31,6 +31,7 @@ from service.dataplane.handover import (
     REQUEST_TIMEOUT_S,
     HandOver,
     take_back_offloads,
+    take_back_offloads_of,
 )
 from service.dataplane.line_reader import LineReader
 from service.dataplane.posts import Post
@@ -216,6 +217,8 @@ class Supervisor:
             self._log.error(
                 "worker killed: it does not let go of a device", worker=worker.index, device=attachment.name
             )
+            if attachment.work.vnet_hdr:
+                take_back_offloads_of(attachment)
             self._hands.see_dead(worker, attachment.name, 0.0)
         with self._roster.lock:
             if self._roster.attachments.get(device) is not attachment:

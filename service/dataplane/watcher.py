@@ -194,12 +194,13 @@ class Watcher:
                     names.append(held.name)
             # A crash that has its own back-off must not keep the other devices waiting.
             post = self._roster.posts[worker.index]
-            post.vacate(status, worker.started, time.monotonic(), blamed=crash is not None)
-            report = self._roster.running and not self._roster.closing
+            cause = f"{status}: {worker.last_line}" if worker.last_line else status
+            post.vacate(cause, worker.started, time.monotonic(), blamed=crash is not None)
+            closing, running = self._roster.closing, self._roster.running
             self._roster.lock.notify_all()
         self._tell.lost(lost)
         self._tell.ended(ended)
-        if not report:
+        if closing:
             return
         self._start_due()
         self._log.error(
@@ -210,7 +211,8 @@ class Watcher:
             error=worker.last_line,
             devices=sorted(names),
         )
-        self._tell.exit(WorkerExit(worker.index, worker.pid, status, frozenset(last), last, crash))
+        if running:
+            self._tell.exit(WorkerExit(worker.index, worker.pid, status, frozenset(last), last, crash))
 
     def _stop_all(self) -> None:
         living = list({worker.pid: worker for worker in self._watched.values()}.values())

@@ -5,6 +5,7 @@ and when a replacement is due belong to the supervisor.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import select
@@ -14,12 +15,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from service.dataplane import blackbox, layout
 from service.dataplane.wire import MESSAGE_MAX_BYTES, Ping, Reply, Request, WireError, decode_reply, encode_request
+
+_PIDFD_GETFD: Final = 438  # on every architecture (asm-generic/unistd.h)
 
 _ROOT: Final = Path(__file__).resolve().parents[2]
 """Where the package `service` is: the repository, or site-packages."""
@@ -30,6 +33,8 @@ _PROGRAM: Final = (
 )
 """Not `-m`, which would need `site` and its .pth files to find us in a checkout: 5 ms, and code of others."""
 
+
+_TUN_PATH: Final = Path("/dev/net/tun")
 
 _WORDS_BYTES: Final = 65_536
 """Read at once of what a worker says on its standard error."""
@@ -188,6 +193,34 @@ class WorkerProcess:
         with self._reaping, contextlib.suppress(ProcessLookupError):
             if not self._reaped:
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def open_devices(self) -> Iterator[int]:
+        """The TUNs and TAPs that a living worker has open, one copied descriptor after the other, each closed when the
+        next one is asked for. None of one that is dead.
+
+        Raises OSError where this machine does not let them be copied. Source: pidfd_getfd(2).
+        """
+        with self._reaping:
+            if self._reaped:
+                return
+            pidfd = os.dup(self.pidfd)
+        try:
+            libc = ctypes.CDLL(None, use_errno=True)
+            folder = Path(f"/proc/{self.pid}/fd")
+            for number in sorted(int(each.name) for each in folder.iterdir()):
+                if (folder / str(number)).readlink() != _TUN_PATH:
+                    continue
+                fd = libc.syscall(
+                    ctypes.c_long(_PIDFD_GETFD), ctypes.c_long(pidfd), ctypes.c_long(number), ctypes.c_long(0)
+                )
+                if fd < 0:
+                    raise OSError(ctypes.get_errno(), "pidfd_getfd")
+                try:
+                    yield fd
+                finally:
+                    os.close(fd)
+        finally:
+            os.close(pidfd)
 
     def wait_dead(self, deadline: float) -> bool:
         """Return whether the process is dead by `deadline`: then all its files are closed, even if not reaped.

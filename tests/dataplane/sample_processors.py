@@ -25,6 +25,7 @@ NAMES = {
         ("open", "Open"),
         ("sink", "Sink"),
         ("tidy", "Tidy"),
+        ("swap", "Swap"),
         ("missing", "NotThere"),
     )
 } | {"absent": "no.such.package:Thing"}
@@ -46,7 +47,7 @@ class Count(Processor):
 
 
 class Send(Processor):
-    """Hands everything to the interface `to`."""
+    """Hands everything to the interface `to`; with `keep` the packets go on, too."""
 
     def __init__(self, options: Mapping[str, Any], context: Context) -> None:
         super().__init__(options, context)
@@ -54,15 +55,30 @@ class Send(Processor):
 
     def process(self, batch: Batch) -> None:
         self._output.send(batch)
-        batch.take(())
+        if not self.options.get("keep"):
+            batch.take(())
+
+
+class Swap(Processor):
+    """Puts another packet in the place of each that is on its way to the kernel, and releases that one's views."""
+
+    directions = frozenset({"to_kernel"})
+    takes_segments = True
+
+    def process(self, batch: Batch) -> None:
+        for index in range(len(batch)):
+            batch.packets[index].release()
+            batch.replace(index, bytes.fromhex(self.options["by"]))
 
 
 class Tidy(Processor):
     """Releases the views that it was given, as if they were its own."""
 
+    takes_segments = True
+
     def process(self, batch: Batch) -> None:
-        for packet in batch.packets:
-            packet.release()
+        for view in (*batch.packets, *(batch.headers or ())):
+            view.release()
 
 
 class Drop(Processor):

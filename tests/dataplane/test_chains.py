@@ -10,6 +10,7 @@ import pytest
 
 from service.dataplane import syscalls
 from service.dataplane.errors import DataplaneError
+from service.dataplane.fake import FakeBatch
 from service.dataplane.supervisor import Supervisor
 from service.dataplane.work import Work
 from tests.dataplane.conftest import Observed, StartSupervisor, Until
@@ -50,6 +51,15 @@ def test_views_that_a_processor_releases_are_its_own(
     assert observed.exits == []
 
 
+def test_a_header_that_says_nothing_is_its_packets_own() -> None:
+    batch = FakeBatch([IPV4_UDP, IPV4_UDP], headers=[bytes(10)] * 2)
+    for index in range(2):
+        batch.replace(index, IPV4_UDP)
+        assert batch.headers is not None
+        assert bytes(batch.headers[index]) == bytes(10)
+        batch.headers[index].release()
+
+
 def test_stages_get_what_the_one_before_left_and_what_is_left_ends_counted(
     start: Start, feed: MakeFeed, until: Until
 ) -> None:
@@ -85,6 +95,19 @@ def test_what_is_sent_runs_through_the_targets_chain_backwards_and_is_counted_th
     assert drops(supervisor, "b") == {"filtered": 1}
     assert drops(supervisor, "a") == {}
     assert [(s.packets_in, s.packets_out) for s in supervisor.stages("b")] == [(2, 1), (2, 2)]
+
+
+def test_what_a_target_replaces_is_replaced_there_alone(start: Start, feed: MakeFeed, until: Until) -> None:
+    supervisor = start()
+    source, swapping, plain = feed(), feed(), feed()
+    other = IPV4_UDP[:-1] + b"!"
+    supervisor.attach("b", swapping.fd, mode="tun", name="tun1", work=chain({"processor": "swap", "by": other.hex()}))
+    supervisor.attach("c", plain.fd, mode="tun", name="tun2")
+    first, second = {"processor": "send", "to": "tun1", "keep": True}, {"processor": "send", "to": "tun2"}
+    supervisor.attach("a", source.fd, mode="tun", name="tun0", work=chain(first, second))
+    source.socket.send(IPV4_UDP)
+    assert swapping.socket.recv(100) == other
+    assert plain.socket.recv(100) == IPV4_UDP
 
 
 def test_an_output_may_come_later_and_go(start: Start, feed: MakeFeed, until: Until) -> None:
@@ -388,6 +411,20 @@ def test_nobody_waits_in_a_circle(start: Start, feed: MakeFeed) -> None:
         with pytest.raises(DataplaneError, match="changed by another call"), supervisor._roster.claimed("a", second):
             pass
         first.waits = False
+
+
+def test_a_neighbour_that_is_on_its_way_out_keeps_nobody_waiting(start: Start, feed: MakeFeed) -> None:
+    supervisor = start(workers=2)
+    supervisor.attach("a", feed().fd, mode="tun", name="tun0", work=chain(COUNT))
+    supervisor.attach("b", feed().fd, mode="tun", name="tun1")
+    with supervisor._roster.lock:
+        going = supervisor._roster.claim("b", "detaching", None)
+    assert going is not None
+    work = chain(COUNT, {"processor": "send", "to": "tun1"})
+    supervisor.configure("a", work)
+    assert supervisor.attached()["a"] == work
+    assert going.worker is not supervisor._roster.attachments["a"].worker, "it was left where it is"
+    going.busy = None
 
 
 def test_a_processor_can_open_nothing_and_start_nothing(

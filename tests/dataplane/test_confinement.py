@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from service.dataplane import syscalls
+from service.dataplane import slices, syscalls
 from service.dataplane.confinement import confine
 from service.dataplane.contract import Packet
 from service.dataplane.segments import is_plain, plain
@@ -137,6 +137,16 @@ def test_an_argument_is_looked_at_as_a_whole() -> None:
 )
 def test_it_cannot_look_files_up(attempt: Callable[[], object]) -> None:
     assert confined(attempt) == REFUSED
+
+
+@pytest.mark.parametrize("refused", ["sched_getscheduler", "getpriority"])
+def test_a_service_that_may_not_ask_for_slices_goes_without(monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, refused)
+
+    monkeypatch.setattr(os, refused, refuse)
+    slices.short()
+    assert confined(lambda: None) == "worked"
 
 
 def test_it_can_do_what_its_loop_does_with_what_it_is_handed() -> None:

@@ -77,6 +77,7 @@ def test_a_death_is_one_line_of_the_log_and_its_traceback_is_for_who_looks_close
         "error": "RuntimeError: could not bear it",
         "devices": ["a"],
     }
+    assert supervisor._roster.posts[0].reason == "exit 1: RuntimeError: could not bear it"
     words = [line["line"] for line in said if line["log_level"] == "debug"]
     assert words[0] == "Traceback (most recent call last):"
     assert words[-1] == death["error"]

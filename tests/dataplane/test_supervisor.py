@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -536,6 +537,20 @@ def test_start_fails_if_a_worker_does_not_come_up(start_supervisor: StartSupervi
         start_supervisor(python="/nonexistent/python")
     assert observed.exits == []
     assert worker_pids() == []
+
+
+def test_why_a_worker_does_not_come_up_is_told(
+    start_supervisor: StartSupervisor, observed: Observed, tmp_path: Path
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'Traceback ...' >&2\necho 'ImportError: no salt' >&2\nexit 1\n")
+    python.chmod(0o700)
+    with structlog.testing.capture_logs() as said, pytest.raises(DataplaneError) as caught:
+        start_supervisor(python=str(python))
+    assert caught.value.message == "worker 0 does not come up: exit 1: ImportError: no salt"
+    (line,) = [line for line in said if line["log_level"] == "error"]
+    assert (line["event"], line["status"], line["error"]) == ("a packet worker died", "exit 1", "ImportError: no salt")
+    assert observed.exits == []
 
 
 def test_devices_are_spread_over_the_workers(start_supervisor: StartSupervisor, feed: MakeFeed) -> None:
