@@ -70,7 +70,9 @@ class Register:
     def room(self, interface_id: InterfaceId, name: InterfaceName) -> Iterator[None]:
         """Room for one more capture that is asked for. Raises TunledgerError: too_many_captures."""
         asked = [each for each in self._captures.values() if each.kind != "stage"]
-        running = [each.interface_id for each in asked if each.running] + self._starting
+        # One that the data plane does not have yet has its room still.
+        at_work = [each.interface_id for each in asked if each.running and each.worker_id is not None]
+        running = at_work + self._starting
         if len(running) >= self._captures_max or running.count(interface_id) >= INTERFACE_MAX:
             raise TunledgerError(
                 ErrorCode.TOO_MANY_CAPTURES,
@@ -107,14 +109,18 @@ class Register:
         """It has no files any more."""
         self._captures.pop(capture.id, None)
 
-    async def recover(self, reader: LogReader, files: Mapping[str, Mapping[int, Path]]) -> None:
+    async def recover(self, reader: LogReader, files: Mapping[str, Mapping[int, Path]]) -> Collection[str]:
         """Tell of captures that a crash left open, and take up those of earlier runs that there are files of.
+
+        Returns:
+            Those with files that the log has never heard of.
 
         Raises:
             TunledgerError: the log's.
         """
         wanted = files.keys() - self._captures.keys()
-        for event, begun, told, told_at in await asyncio.to_thread(_history, reader, wanted):
+        found, unheard_of = await asyncio.to_thread(_history, reader, wanted)
+        for event, begun, told, told_at in found:
             if begun.capture_id in self._captures:  # begun since
                 continue
             end, ended_at = told or stopped(begun, "crash", {}), told_at or self._now()
@@ -125,13 +131,15 @@ class Register:
                 capture.files = dict(files[begun.capture_id])
                 capture.next_file = max(capture.files) + 1
                 self._captures[capture.id] = capture
+        return unheard_of
 
 
 def _history(
     reader: LogReader, wanted: Collection[str]
-) -> list[tuple[ev.Recorded, ev.CaptureStarted, ev.CaptureStopped | None, str | None]]:
+) -> tuple[list[tuple[ev.Recorded, ev.CaptureStarted, ev.CaptureStopped | None, str | None]], Collection[str]]:
     """Captures of earlier runs that matter still: those that were not told as stopped, and those that have files.
 
+    Beside them, the wanted ones that the log does not have.
     An orderly stop ends all captures before it is recorded: beyond it only the wanted ones are looked for.
     """
     kinds = (ev.CaptureStarted.__name__, ev.CaptureStopped.__name__, ev.ServiceStopped.__name__)
@@ -154,4 +162,4 @@ def _history(
         if len(page) < PAGE:
             break
         before = page[-1].position
-    return found[::-1]
+    return found[::-1], left

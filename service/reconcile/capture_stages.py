@@ -87,10 +87,9 @@ class ChainCaptures:
                 capture.stage, figures = found[capture.worker_id]
                 capture.figures.update(figures)
 
-    async def drop_empty(self, capture: Capture) -> None:
-        """Forget one whose set-up came to nothing, with its files. Raises OSError."""
-        if await asyncio.to_thread(self._files.all_empty, capture):
-            await self._forget(capture)
+    async def drop_refused(self, capture: Capture) -> None:
+        """Forget one whose set-up came to nothing, with its files: they have headers at most. Raises OSError."""
+        await self._forget(capture)
 
     async def _hand(
         self, device: str, name: str, stage_id: int, options: dict[str, Any], handed: "Future[int]"
@@ -137,8 +136,9 @@ class ChainCaptures:
         return capture, fd
 
     async def _forget(self, capture: Capture) -> None:
-        await asyncio.to_thread(self._files.unlink, capture)
-        self._register.forget(capture)
+        async with capture.ending:
+            await asyncio.to_thread(self._files.unlink, capture)
+            self._register.forget(capture)
 
 
 def _is_stage(capture: Capture) -> bool:

@@ -5,8 +5,9 @@ next files, which come the same way.
 """
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import structlog
@@ -67,6 +68,8 @@ class WireCaptures:
     async def attach(self, capture: Capture, fd: int, *, live: bool = False) -> tuple[Mapping[str, int], str] | None:
         """Hand a descriptor, which is closed, to the data plane; its end, if that was heard of already.
 
+        Who wants to end the capture waits for that. If this is cancelled and there is a tap, the next look ends it.
+
         Raises TunledgerError: it does not take it, and the capture is over and forgotten.
         """
         limits = {"max_packets": capture.settings.max_packets, "max_bytes": capture.settings.max_bytes}
@@ -81,16 +84,22 @@ class WireCaptures:
             **limits,
             **({"live": True} if live else {}),
         }
-        try:
+        made: list[int] = []
+        async with capture.ending:
             try:
-                capture.worker_id = await asyncio.to_thread(self._taps.tap, capture.interface_id, stage, (fd,))
-            finally:
-                os.close(fd)
-        except BaseException:
-            await self._register.end(capture, "refused")
-            await asyncio.to_thread(self._files.unlink, capture)
-            self._register.forget(capture)
-            raise
+                try:
+                    await to_the_end(lambda: made.append(self._taps.tap(capture.interface_id, stage, (fd,))))
+                finally:
+                    os.close(fd)
+            except BaseException:
+                if made:  # cancelled
+                    capture.worker_id, capture.due = made[0], "client_gone"
+                    raise
+                await self._register.end(capture, "refused")
+                await asyncio.to_thread(self._files.unlink, capture)
+                self._register.forget(capture)
+                raise
+            capture.worker_id = made[0]
         return self._early.pop(capture.worker_id, None)
 
     def heard(self, stage_id: int, figures: Mapping[str, int], reason: str) -> None:
@@ -139,16 +148,29 @@ class WireCaptures:
     def give_next(self, capture: Capture) -> None:
         """Hand the next file over. Blocking. Raises TunledgerError: the old one goes on, to be tried again."""
         assert capture.worker_id is not None  # it has figures
+        number = capture.next_file
         fd = self._files.open_next(capture)
         try:
             self._taps.feed(capture.interface_id, capture.worker_id, fd)
         except BaseException:
-            self._files.undo_next(capture)
+            self._files.undo_next(capture, number)
             raise
         finally:
             os.close(fd)
         capture.given += 1
         self._files.keep_latest(capture)
+
+
+async def to_the_end(work: Callable[[], None]) -> None:
+    """Run `work`, which blocks for a bounded time, in a thread; back when it is done, also if cancelled meanwhile."""
+    running = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        while not running.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait((running,))
+        raise
 
 
 def goes_on(capture: Capture) -> bool:

@@ -30,6 +30,9 @@ REASONS: Final[Mapping[str, str]] = {
     "worker_exit": "worker_exit",
 }
 
+_TOLD_EARLY: Final = ("crash", "shutdown")
+"""Ends that are told before the worker is done, or without it: packets may have come that their figures do not have."""
+
 _FILE: Final = re.compile(r"(?P<name>.+)-(?P<id>[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})-(?P<n>[0-9]+)\.pcapng")
 
 
@@ -74,7 +77,7 @@ class Capture:
         stage: its place in the chain, once it was seen there.
         given: files handed over that were wanted.
         stopping: somebody is ending it.
-        ending: held by who ends it.
+        ending: held by who puts it to work, ends it, or changes its files.
         due: why it is to end, if that failed once; each look tries again.
         lost: its tap went while somebody was ending it.
     """
@@ -89,7 +92,7 @@ class Capture:
     stage: int | None = None
     stopped_at: str | None = None
     reason: str | None = None
-    files: dict[int, Path] = field(default_factory=dict)
+    files: Mapping[int, Path] = field(default_factory=dict)
     next_file: int = 0
     figures: dict[str, int] = field(default_factory=dict)
     given: int = 0
@@ -128,15 +131,21 @@ def superfluous(stages: Sequence[Capture]) -> list[Capture]:
     """Of the captures that are stages of one interface, those to remove: over, and beyond what is to be kept.
 
     Each new set-up, as after a worker's death, is a capture of its own, and nobody is there to remove them: together
-    they keep `files` files, the latest. Of several stages the one that keeps the most decides.
+    they keep `files` files, the latest; those without a packet go first, so that workers that die one after the other
+    take nobody's packets away. Of several stages the one that keeps the most decides.
     """
     files_max = max((each.settings.files for each in stages), default=0)
     files, found = 0, []
-    for each in sorted((each for each in stages if not each.running), key=lambda each: each.started_at)[::-1]:
+    latest = sorted((each for each in stages if not each.running), key=lambda each: each.started_at)[::-1]
+    for each in sorted(latest, key=_is_without_packets):
         files += len(each.files)
         if files > files_max or not each.files:
             found.append(each)
     return found
+
+
+def _is_without_packets(capture: Capture) -> bool:
+    return not capture.figures.get("packets") and capture.reason not in _TOLD_EARLY
 
 
 def file_name(capture: Capture, number: int) -> str:

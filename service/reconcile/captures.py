@@ -33,7 +33,7 @@ from service.domain.values import InterfaceId, InterfaceName
 from service.reconcile.capture_files import CaptureFiles
 from service.reconcile.capture_register import CAPTURES_MAX, Record, Register
 from service.reconcile.capture_stages import ChainCaptures
-from service.reconcile.capture_taps import Taps, WireCaptures, goes_on
+from service.reconcile.capture_taps import Taps, WireCaptures, goes_on, to_the_end
 from service.reconcile.captured import REASONS, Asker, Capture, Kind, Live, Settings, own_end
 from service.store.reader import LogReader
 
@@ -212,7 +212,9 @@ class Captures:
 
     async def recover(self, reader: LogReader) -> None:
         """Tell of captures that a crash left open, and take up those of earlier runs that there are files of."""
-        await self._register.recover(reader, await asyncio.to_thread(self._files.found))
+        files = await asyncio.to_thread(self._files.found)
+        unheard_of = await self._register.recover(reader, files)
+        await asyncio.to_thread(self._files.drop_unheard_of, {each: files[each] for each in unheard_of})
 
     @property
     def closing(self) -> bool:
@@ -295,8 +297,9 @@ class Captures:
             await self._stage_ended(capture.interface_id, capture.worker_id, *end)
 
     async def _forget(self, capture: Capture) -> None:
-        await asyncio.to_thread(self._files.unlink, capture)
-        self._register.forget(capture)
+        async with capture.ending:
+            await asyncio.to_thread(self._files.unlink, capture)
+            self._register.forget(capture)
 
     async def _look(self) -> None:
         """Read the figures of all captures under way, hand over files that are wanted, end those that are over."""
@@ -307,15 +310,15 @@ class Captures:
             for interface_id in {each.interface_id for each in running if each.kind == "stage"}:
                 try:
                     await self._chains.look(interface_id)
-                except TunledgerError as error:
-                    log.warning("stages could not be looked at", interface_id=interface_id, error=error.message)
+                except (TunledgerError, OSError) as error:
+                    log.warning("stages could not be looked at", interface_id=interface_id, error=str(error))
             for capture in running:
                 try:
                     if capture.kind != "stage" and capture.interface_id in attached:
                         await self._wire.look(capture)
                     await self._act_on(capture)
-                except TunledgerError as error:
-                    log.warning("a capture could not be looked at", capture_id=capture.id, error=error.message)
+                except (TunledgerError, OSError) as error:
+                    log.warning("a capture could not be looked at", capture_id=capture.id, error=str(error))
 
     async def _act_on(self, capture: Capture) -> None:
         if not goes_on(capture):
@@ -328,11 +331,17 @@ class Captures:
                 await self.stop(capture, over, patience_s=0.0)
             await self._trim_full(capture, over)
         elif capture.figures.get("files_wanted", 0) > capture.given:
-            await asyncio.to_thread(self._wire.give_next, capture)
+            async with capture.ending:
+                if goes_on(capture):
+                    await to_the_end(lambda: self._wire.give_next(capture))
 
     async def _trim_full(self, capture: Capture, reason: str) -> None:
-        if reason == "disk_full" and capture.files:
-            await asyncio.to_thread(self._trim, capture.files[max(capture.files)])
+        if reason != "disk_full":
+            return
+        async with capture.ending:
+            if capture.files:
+                with contextlib.suppress(FileNotFoundError):  # removed by hand
+                    await asyncio.to_thread(self._trim, capture.files[max(capture.files)])
 
     async def _stage_ended(
         self, interface_id: InterfaceId, stage_id: int, figures: Mapping[str, int], reason: str
@@ -349,9 +358,10 @@ class Captures:
                 continue  # who is stopping it tells
             why = own_end(capture.kind, figures) or reason
             await self._register.end(capture, why)
-            await self._trim_full(capture, why)
             if capture.kind == "stage" and reason == "refused":
-                await self._chains.drop_empty(capture)
+                await self._chains.drop_refused(capture)
+            else:
+                await self._trim_full(capture, why)
 
     def _time_over(self, capture: Capture) -> None:
         if capture.running and not self._closing:

@@ -1,7 +1,9 @@
 """That the end of each stage with files, and of each tap, is told once: why, and with all that its worker counted."""
 
+import asyncio
 import os
 import threading
+import uuid
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,11 @@ import pytest
 from service.dataplane.attachment import Ended
 from service.dataplane.errors import DataplaneError
 from service.dataplane.supervisor import Supervisor
+from service.domain import events as ev
+from service.domain.values import InterfaceId
 from service.packet.pcapng import Reader
+from service.plane import Plane
+from service.reconcile.captures import Captures
 from tests.dataplane.conftest import Observed, Until
 from tests.dataplane.test_chains import COUNT, Start, chain, start
 from tests.dataplane.test_supervisor import IPV4_UDP, Feed, MakeFeed, feed, only_worker
@@ -104,6 +110,66 @@ def test_a_chain_that_is_refused_ends_what_it_had_begun_and_nothing_else(
     first, second, third = files.given
     assert files.reasons() == [(second, "refused"), (third, "refused")]
     assert [stage.id for stage in supervisor.stages("a")] == [first]
+
+
+def test_a_stage_that_its_worker_was_never_told_of_is_refused(
+    start: Start, feed: MakeFeed, files: Files, monkeypatch: pytest.MonkeyPatch, observed: Observed
+) -> None:
+    supervisor = starting(start, files)
+    supervisor.attach("a", feed().fd, mode="tun", work=chain(COUNT))
+    monkeypatch.setattr("service.dataplane.handover.REQUEST_TIMEOUT_S", 0.1)
+    worker = supervisor._roster.posts[0].live
+    assert worker is not None
+    with worker._asking, pytest.raises(DataplaneError) as caught:  # others ask it all the time
+        supervisor.configure("a", chain(CAPTURE))
+    assert (caught.value.code, caught.value.retry) == ("worker_timeout", True)
+    assert files.reasons() == [(files.given[0], "refused")]
+    supervisor.configure("a", chain(CAPTURE))
+    assert observed.exits == []
+
+
+def test_repairs_that_are_refused_take_no_captured_packets_away(start: Start, feed: MakeFeed, tmp_path: Path) -> None:
+    told: list[ev.Event] = []
+
+    async def record(interface_id: InterfaceId, body: ev.Event, *, actor: str = "") -> None:
+        del interface_id, actor
+        told.append(body)
+
+    async def run() -> None:
+        holder: list[Captures] = []
+        supervisor = start(
+            files_for=lambda *stage: holder[0].files_for(*stage),  # noqa: PLW0108  # it comes later
+            on_stage_ended=lambda end: holder[0].ended(end.device, end.stage, end.figures, end.reason),
+        )
+        captures = Captures(
+            Plane(supervisor), record, tmp_path, now=lambda: f"{len(told):03}", new_id=lambda: str(uuid.uuid4())
+        )
+        holder.append(captures)
+        captures.bind()
+
+        async def settle(stops: int) -> None:
+            async with asyncio.timeout(5):
+                while len(told) < 2 * stops or captures._tasks:  # noqa: ASYNC110  # threads, which wake nobody
+                    await asyncio.sleep(0.002)
+
+        device, stage = feed(), {**CAPTURE, "files": 2}
+        await asyncio.to_thread(supervisor.attach, "a", device.fd, mode="tun", work=chain(stage))
+        device.socket.send(IPV4_UDP)
+        (real,) = captures.all()
+        async with asyncio.timeout(5):
+            while not real.figures.get("packets"):
+                await captures.look_at([real])
+        await asyncio.to_thread(supervisor.configure, "a", chain(COUNT))
+        await settle(1)
+        for number in range(2, 6):
+            with pytest.raises(DataplaneError, match="absent"):
+                await asyncio.to_thread(supervisor.configure, "a", chain(stage, {"processor": "absent"}))
+            await settle(number)
+        assert captures.all() == [real]
+        assert all(path.exists() for path in real.files.values())
+
+    asyncio.run(run())
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_worker_that_is_killed_ends_its_stages_and_taps_for_that_reason(

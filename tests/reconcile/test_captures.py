@@ -7,6 +7,7 @@ import errno
 import functools
 import itertools
 import os
+import threading
 import time
 import uuid
 from collections import Counter
@@ -43,6 +44,7 @@ class Plane:
     def __init__(self, log: list[tuple[str, Any]]) -> None:
         self.log = log
         self.held: set[str] = {TUN0}
+        self.tap_ids = itertools.count()
         self.taps: dict[int, dict[str, Any]] = {}
         self.files: dict[int, list[int]] = {}
         self.figures: dict[int, Counter[str]] = {}
@@ -57,7 +59,7 @@ class Plane:
         self.log.append(("tap", device))
         if self.refusal is not None:
             raise self.refusal
-        tap_id = len(self.files)
+        tap_id = next(self.tap_ids)
         self.taps[tap_id], self.files[tap_id], self.figures[tap_id] = (
             dict(stage),
             [os.dup(fd) for fd in files],
@@ -304,7 +306,6 @@ async def test_a_live_capture_ends_with_its_reader(tmp_path: Path) -> None:
         ("interface_gone", "interface_gone"),
         ("moved", "moved"),
         ("removed", "asked"),
-        ("refused", "refused"),
     ],
 )
 @on_a_loop
@@ -321,18 +322,196 @@ async def test_the_end_of_a_stage_is_told_with_its_reason_and_last_figures(
         await w.captures.look_at([capture])
         assert w.stops() == [(told, 9, 0)]
         assert capture.figures["packets"] == 9
-        assert w.captures.all(TUN0) == [capture], "its file is not empty"
+        assert w.captures.all(TUN0) == [capture]
 
 
 @on_a_loop
-async def test_what_was_refused_before_anything_was_written_leaves_nothing(tmp_path: Path) -> None:
+async def test_what_cannot_be_begun_is_not_remembered(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        w.folder.write_bytes(b"")  # in the place of the directory
+        with pytest.raises(TunledgerError, match="cannot be made"):
+            await w.start()
+        w.folder.unlink()
+        await w.captures.remove(await w.start())
+        assert w.captures._files._ours == set()
+
+
+@on_a_loop
+async def test_a_set_up_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
     async with world(tmp_path) as w:
         capture = await w.set_up()
         (path,) = capture.files.values()
-        path.write_bytes(b"")
+        assert path.stat().st_size
         await w.end(capture, "refused")
         await until(lambda: not path.exists() and w.captures.all(TUN0) == [])
         assert w.stops() == [("refused", 0, 0)]
+
+
+@on_a_loop
+async def test_captures_without_a_packet_take_no_others_files_away(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        first, second = await w.set_up(), await w.set_up()
+        await w.end(first, "worker_exit", packets=1)
+        await w.end(second, "worker_exit", packets=1)
+        for _ in range(4):
+            await w.end(await w.set_up(), "worker_exit")
+        last = await w.set_up()
+        await until(lambda: w.captures.all(TUN0) == [first, second, last])
+        await w.end(last, "worker_exit", packets=1)
+        await w.set_up()
+        await until(lambda: first not in w.captures.all(TUN0))
+        assert w.captures.all(TUN0)[:2] == [second, last]
+
+
+@on_a_loop
+async def test_what_a_crash_left_without_figures_may_have_packets(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        first, second = await w.set_up(files=1), await w.set_up(files=1)
+        await w.end(second, "worker_exit")
+        await w.captures._register.end(first, "crash")
+        last = await w.set_up(files=1)
+        await until(lambda: w.captures.all(TUN0) == [first, last])
+
+
+@pytest.mark.parametrize("refusal", [None, TunledgerError(ErrorCode.WORKER_FAILED, "no worker")])
+@on_a_loop
+async def test_the_end_of_a_capture_that_is_being_attached_waits_for_that(
+    refusal: TunledgerError | None, tmp_path: Path
+) -> None:
+    async with world(tmp_path) as w:
+        tap, asked, may = w.plane.tap, threading.Event(), threading.Event()
+
+        def slow(device: str, stage: Mapping[str, Any], files: Sequence[int]) -> int:
+            asked.set()
+            may.wait(5)
+            return tap(device, stage, files)
+
+        w.plane.tap, w.plane.refusal = slow, refusal  # type: ignore[method-assign]
+        starting = asyncio.create_task(w.start())
+        await asyncio.to_thread(asked.wait, 5)
+        (capture,) = w.captures.all(TUN0)
+        removing = asyncio.create_task(w.captures.remove(capture))
+        await asyncio.sleep(0.01)
+        may.set()
+        await asyncio.gather(starting, removing, return_exceptions=True)
+        assert removing.exception() is None
+        assert (w.plane.taps, w.captures.all(TUN0), list(w.folder.iterdir())) == ({}, [], [])
+        assert w.told() == ["CaptureStarted", "tap", "CaptureStopped"]
+
+
+@on_a_loop
+async def test_who_asked_and_goes_away_leaves_no_tap_and_takes_no_descriptor_away(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        tap, asked, may = w.plane.tap, threading.Event(), threading.Event()
+
+        def slow(device: str, stage: Mapping[str, Any], files: Sequence[int]) -> int:
+            asked.set()
+            may.wait(5)
+            os.write(files[0], b"head")
+            return tap(device, stage, files)
+
+        w.plane.tap = slow  # type: ignore[method-assign]
+        starting = asyncio.create_task(w.start())
+        await asyncio.to_thread(asked.wait, 5)
+        (capture,) = w.captures.all(TUN0)
+        for _ in range(2):
+            starting.cancel()
+            await asyncio.sleep(0.01)
+        may.set()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert capture.files[0].read_bytes() == b"head"
+        await w.captures.look_at([capture])
+        assert (w.plane.taps, w.stops()) == ({}, [("client_gone", 0, 0)])
+
+
+@on_a_loop
+async def test_one_that_is_being_attached_counts_once(tmp_path: Path) -> None:
+    async with world(tmp_path, captures_max=2) as w:
+        tap, asked, may = w.plane.tap, threading.Event(), threading.Event()
+
+        def slow(device: str, stage: Mapping[str, Any], files: Sequence[int]) -> int:
+            asked.set()
+            may.wait(5)
+            return tap(device, stage, files)
+
+        w.plane.tap = slow  # type: ignore[method-assign]
+        first = asyncio.create_task(w.start())
+        await asyncio.to_thread(asked.wait, 5)
+        second = asyncio.create_task(w.start())
+        await until(lambda: second.done() or len(w.captures.all(TUN0)) == 2)
+        with pytest.raises(TunledgerError, match="captures are under way"):
+            await w.start()
+        may.set()
+        await asyncio.gather(first, second)
+
+
+@on_a_loop
+async def test_who_removes_a_capture_removes_a_file_that_is_on_its_way_too(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        capture = await w.start(size_bytes=4096, files=2)
+        open_next, opening, may = w.captures._files.open_next, threading.Event(), threading.Event()
+
+        def slow(capture: Capture) -> int:
+            opening.set()
+            may.wait(5)
+            return open_next(capture)
+
+        w.captures._files.open_next = slow  # type: ignore[method-assign]
+        w.plane.figures[0]["files_wanted"] = 1
+        looking = asyncio.create_task(w.captures.look_at([capture]))
+        await asyncio.to_thread(opening.wait, 5)
+        w.captures.ended(TUN0, 0, {}, "worker_exit")
+        await until(lambda: not capture.running)
+        removing = asyncio.create_task(w.captures.remove(capture))
+        await asyncio.sleep(0.05)
+        may.set()
+        await asyncio.gather(looking, removing)
+        assert list(w.folder.iterdir()) == []
+        w.captures._files.undo_next(capture, 1)  # as nobody could take it
+        assert capture.files == {}
+
+
+@on_a_loop
+async def test_a_capture_that_was_removed_meanwhile_gets_no_file(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        capture = await w.start(size_bytes=4096, files=2)
+        w.plane.figures[0]["files_wanted"] = 1
+        async with capture.ending:
+            removing = asyncio.create_task(w.captures.remove(capture))
+            await asyncio.sleep(0.01)
+            looking = asyncio.create_task(w.captures.look_at([capture]))
+            await asyncio.sleep(0.05)
+            assert len(w.plane.files[0]) == 1
+        await asyncio.gather(looking, removing)
+        assert (len(w.plane.files[0]), list(w.folder.iterdir())) == (1, [])
+
+
+@on_a_loop
+async def test_trouble_with_the_files_of_one_capture_is_no_others(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        gone, kept = await w.start(), await w.start()
+
+        def trim(path: Path) -> None:
+            path.stat()
+            raise OSError(errno.EIO, "broken")
+
+        w.captures._trim = trim
+        next(iter(gone.files.values())).unlink()
+        for number in (0, 1):
+            w.plane.figures[number]["stopped"] = errno.ENOSPC
+        await w.captures.look_at([gone])
+        assert [(each.running, each.reason) for each in (gone, kept)] == [(False, "disk_full")] * 2
+        await w.captures._trim_full(gone, "disk_full")
+        with pytest.raises(OSError, match="broken"):
+            await w.captures._trim_full(kept, "disk_full")
+        running = asyncio.create_task(w.captures.run(None))
+        third = await w.start()
+        w.plane.figures[2]["stopped"] = errno.ENOSPC
+        await until(lambda: not third.running)
+        await asyncio.sleep(0.01)
+        assert not running.done()
+        running.cancel()
 
 
 @on_a_loop
@@ -545,7 +724,16 @@ async def test_after_a_crash_open_captures_are_told_as_stopped_and_files_are_tak
         for capture_id in (kept, crashed):
             (w.folder / f"tun0-{capture_id}-3.pcapng").write_bytes(b"")
         (w.folder / "notes.txt").write_bytes(b"")
+        never_begun, another_logs = (w.folder / f"tun0-{uuid.uuid4()}-0.pcapng" for _ in range(2))
+        never_begun.write_bytes(b"")
+        another_logs.write_bytes(b"head")
+        beginning = w.captures._made(TUN0, NAME, Settings(snaplen=64), "tap")
+        os.close(w.captures._files.open_next(beginning))
         await w.captures.recover(reader)
+        assert not never_begun.exists()
+        assert another_logs.exists()
+        assert (w.folder / "notes.txt").exists()
+        assert beginning.files[0].exists(), "it is this run's"
         assert [(kind, e.capture_id, e.reason) for kind, e in w.log] == [("CaptureStopped", crashed, "crash")]
         found = {each.id: each for each in w.captures.all(TUN0)}
         assert set(found) == {kept, crashed}
