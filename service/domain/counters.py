@@ -7,7 +7,7 @@ Pure; where totals are kept is `service.store.counters`' business.
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from service.domain.observed import LinkCounters
@@ -53,7 +53,7 @@ class _Life:
 
 
 class Book:
-    """The lifetime totals of all interfaces. Changed by `take` and `resume` only."""
+    """The lifetime totals of all interfaces. Changed by `take`, `take_last` and `resume` only."""
 
     def __init__(self) -> None:
         self._lives: dict[tuple[InterfaceId, Source], _Life] = {}
@@ -77,6 +77,18 @@ class Book:
             life.open(reading.key, life.epochs.get(reading.key, -1) + 1)
         life.raw = dict(reading.raw)
         return Reading(reading.interface_id, reading.source, life.full_key, life.raw)
+
+    def take_last(self, reading: Reading) -> Reading:
+        """Take the last reading of a life that was ended by us; as `take`.
+
+        It may be older than what was taken of that life already, so a value that falls is no other life: it would
+        count twice.
+        """
+        life = self._lives.get((reading.interface_id, reading.source))
+        if life is not None and life.key == reading.key:
+            known = {name: max(value, reading.raw.get(name, 0)) for name, value in life.raw.items()}
+            reading = replace(reading, raw={**reading.raw, **known})
+        return self.take(reading)
 
     def totals(self, interface_id: InterfaceId, source: Source) -> dict[str, int]:
         """Lifetime totals; they never go down."""

@@ -98,7 +98,7 @@ class Counting:
             if result.last_figures is not None:
                 last = result.last_figures
                 readings.append(worker_reading(result.wanted.id, last.session, last.from_kernel, last.to_kernel))
-        return [self.book.take(reading) for reading in readings]
+        return [self.book.take_last(reading) for reading in readings]
 
     def job(self, readings: Sequence[Reading]) -> Job | None:
         """What stores these figures, for the writer; None if there are none."""

@@ -78,6 +78,23 @@ def test_a_counter_that_disappears_keeps_its_total() -> None:
     assert book.totals(ONE, Source.KERNEL) == {"a": 11, "b": 5}
 
 
+def test_a_last_reading_that_is_older_than_what_was_taken_counts_nothing_twice() -> None:
+    book = Book()
+    book.take(reading("k", a=5, b=50))
+    book.take(reading("k", a=9, b=90, c=1))
+    last = book.take_last(reading("k", a=7, b=91))
+    assert (last.key, last.raw) == ("k", {"a": 9, "b": 91, "c": 1})
+    book.take(reading("l", a=2))
+    assert book.totals(ONE, Source.KERNEL) == {"a": 11, "b": 91, "c": 1}
+
+
+def test_a_last_reading_may_be_the_first_of_its_life() -> None:
+    book = Book()
+    assert book.take_last(reading("k", a=5)).key == "k"
+    assert book.take_last(reading("l", a=3)).key == "l"
+    assert book.totals(ONE, Source.KERNEL) == {"a": 8}
+
+
 def test_forgetting_one_interface_leaves_the_others() -> None:
     book = Book()
     book.take(reading("k", a=5))

@@ -388,6 +388,29 @@ async def test_a_copied_token_does_not_count_twice(tmp_path: Path) -> None:
         assert rig.engine.totals(answer.finished[0].interface_id)["kernel"]["rx_packets"] == 10
 
 
+async def test_a_sample_between_a_look_and_its_repair_is_not_counted_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = FakeKernel()
+    async with running(tmp_path, kernel) as rig:
+        of = (await rig.declare()).finished[0].interface_id
+        kernel.outside.count("tun0", LinkCounters(rx_packets=10))
+        kernel.outside.set_owner("tun0", 4711, None)  # which only making it anew can mend
+        append = rig.engine._journal.append
+
+        async def after_a_sample(drafts: Any, also: Any = None) -> Any:
+            if any(isinstance(draft.body, ev.DriftDetected) for draft in drafts):
+                kernel.outside.count("tun0", LinkCounters(rx_packets=12))
+                await rig.engine.sample()
+            return await append(drafts, also)
+
+        monkeypatch.setattr(rig.engine._journal, "append", after_a_sample)
+        await rig.engine.reconcile()
+        assert len(rig.of(ev.DriftRepaired)) == 1
+        await rig.engine.sample()
+        assert rig.engine.totals(of)["kernel"]["rx_packets"] == 12
+
+
 async def test_the_next_engine_goes_on_where_one_ended(tmp_path: Path) -> None:
     kernel = FakeKernel()
     async with running(tmp_path, kernel) as rig:
