@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 CONFIG ?= config/tunledger.json
+# Files of tests side by side, in their order; more at once than four would only wait for the disk and each other.
+SPREAD ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test test-full lint format bench lock clean
@@ -34,10 +36,10 @@ run: install ## migrate the database and serve on 127.0.0.1:8080
 	@exec $(BIN)/tunledger serve --config $(CONFIG)
 
 test: $(VENV)/.dev ## all tests but the long sweeps; real-kernel ones in namespaces of their own
-	@exec tests/run -m "not full"
+	@exec tests/run $(SPREAD) -m "not full"
 
 test-full: $(VENV)/.dev ## all tests, the long sweeps too
-	@exec tests/run
+	@exec tests/run $(SPREAD)
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -290,7 +290,7 @@ def refused(path: Path, error: Exception) -> TunledgerError | None:
         return TunledgerError(
             ErrorCode.LOG_UNAVAILABLE, f"{path}: another process holds the database locked", retry=True
         )
-    if not name.startswith(_TROUBLE) or path.is_dir():
+    if not name.startswith(_TROUBLE) or os.path.isdir(path):  # noqa: PTH112  # which minds no folder that may not be entered
         return None
     if name.startswith(_REFUSED_WRITES):
         said = reserve.refusal(path)
@@ -358,7 +358,7 @@ class InstanceLock:
                     return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
                 except OSError:
                     return None
-            if error.errno == errno.EACCES and self._path.exists():
+            if error.errno == errno.EACCES and os.path.exists(self._path):  # noqa: PTH110  # as above
                 raise TunledgerError(ErrorCode.LOG_UNAVAILABLE, self._not_ours()) from error
             raise unwritable(self._path, error) from error
 

@@ -14,7 +14,7 @@ import pytest
 
 from service.domain.errors import ErrorCode, TunledgerError
 from service.store import counters, schema
-from service.store.database import require_current, revision
+from service.store.database import InstanceLock, require_current, revision
 from service.store.migrate import migrate
 from service.store.reader import LogReader
 from tests.store.log import NOW, Log
@@ -215,7 +215,7 @@ def public(tmp_path_factory: pytest.TempPathFactory, migrated: Path) -> Path:
     """A log that everybody could reach."""
     folder = tmp_path_factory.mktemp("public")
     path = Path(shutil.copy(migrated, folder / "log.db"))
-    for parent in (folder, *folder.parents[:2]):
+    for parent in (folder, *folder.parents[:3]):
         if parent.stat().st_uid == os.geteuid():
             parent.chmod(parent.stat().st_mode | 0o055)
     return path
@@ -238,7 +238,14 @@ def test_a_database_in_a_folder_that_may_not_be_entered_is_refused(public: Path)
     public.parent.chmod(0o700 if os.geteuid() == 0 else 0o000)
     try:
         with _as_nobody():
-            for use in (revision, require_current, lambda path: migrate(path, now=lambda: NOW)):
+            for use in (
+                revision,
+                require_current,
+                counters.load,
+                Log,
+                lambda path: InstanceLock(path, {}).__enter__(),
+                lambda path: migrate(path, now=lambda: NOW),
+            ):
                 with pytest.raises(TunledgerError) as refusal:
                     use(public)
                 assert refusal.value.code is ErrorCode.LOG_UNAVAILABLE
