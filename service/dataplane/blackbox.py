@@ -16,6 +16,7 @@ A packet begins at the same place whether its device has headers or not: so one 
 `turn` and `busy` also tell a worker that is stuck from one that has nothing to do.
 """
 
+import ctypes
 import fcntl
 import mmap
 import os
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from service.dataplane.contract import BATCH_MAX
-from service.packet.rows import Rows
+from service.packet.rows import Rows, same
 
 TURN: Final = 0
 BUSY: Final = 1
@@ -100,6 +101,9 @@ class BlackBox:
         self.framed: Final = [whole[start - HEADER_BYTES : start + room] for start in starts]
         self._before: Final = [whole[start - HEADER_BYTES : start] for start in starts]
         self._headers: list[memoryview] = []
+        memory = ctypes.addressof(ctypes.c_char.from_buffer(whole))
+        self._addresses: Final = array("Q", [memory + start for start in starts])
+        self._framed_addresses: Final = array("Q", [memory + start - HEADER_BYTES for start in starts])
         self.noted = False
         """Whether an end has been written down."""
         self._lengths: Final = whole[_LENGTHS_AT : _LENGTHS_AT + 4 * BATCH_MAX].cast("I")
@@ -117,6 +121,16 @@ class BlackBox:
         known = self._headers
         known += map(memoryview, self._before[len(known) : count])
         return known[:count]
+
+    def addresses(self, *, framed: bool) -> "array[int]":
+        """Where `buffers`, or `framed`, begin in this process's memory."""
+        return self._framed_addresses if framed else self._addresses
+
+    def holds(self, packets: list[memoryview], headers: list[memoryview] | None, *, framed: bool) -> bool:
+        """Whether these are the first of `packets`, in the rows still, and their headers (if `framed`) of `headers`."""
+        if not self.rows.holds(packets):
+            return False
+        return not framed or (headers is not None and same(headers, self._headers))
 
     def forget(self) -> None:
         """The views may be of no use any more: somebody else had them in hand."""

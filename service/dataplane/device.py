@@ -11,19 +11,20 @@ is followed `NESTED_MAX` deep and no deeper.
 import contextlib
 import errno
 import fcntl
-import io
-import os
 import select
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import compress, repeat, takewhile
-from operator import attrgetter
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
+from operator import attrgetter, not_
 from typing import TYPE_CHECKING, Final
 
-from service.dataplane.blackbox import AREA, COUNT, HEADER_BYTES, INDEX, SERIAL, BlackBox
-from service.dataplane.contract import BATCH_MAX, DROP_REASONS, NO_OFFLOAD, Batch, DropReason, Mode, Packet
+from service.dataplane.blackbox import AREA, COUNT, INDEX, SERIAL, BlackBox
+from service.dataplane.contract import DROP_REASONS, Batch, DropReason, Mode, Packet
 from service.dataplane.device_batch import DeviceBatch
+from service.dataplane.device_io import DeviceIO
 from service.dataplane.layout import DIRECTION_WORDS, DROPS_AT, CounterWriter
+from service.dataplane.ring import Ring
 from service.dataplane.segments import is_plain, plain
 from service.dataplane.stages import Chain, run
 from service.dataplane.work import Setup
@@ -34,12 +35,6 @@ if TYPE_CHECKING:
 
 _TUNSETOFFLOAD: Final = 0x400454D0  # linux/if_tun.h
 
-BATCH_BYTES: Final = 512 * 1024
-"""With large segments a batch ends about here: what is read has to be in the cache still when it is written, and half
-of a core's 1 MiB is room for 8 segments of 60 kB. Fewer packets would share what a batch costs, some 5 us."""
-
-BATCH_MIN: Final = 4
-
 NESTED_MAX: Final = 8
 """Devices that one packet may be sent through before it is taken to go round."""
 
@@ -48,9 +43,6 @@ _CUSTOM: Final = _REASON[DropReason.CUSTOM]
 _END_OF_CHAIN: Final = _REASON[DropReason.END_OF_CHAIN]
 
 _KIND_OF: Final = attrgetter("kind")
-
-_FOR_ALL: Final = frozenset({DropReason.OUTPUT_DOWN, DropReason.NO_OUTPUT})
-"""Where one packet was refused for these, so would be the next."""
 
 Drop = Callable[[str, int], None]
 Wire = bytes | bytearray | memoryview
@@ -90,8 +82,9 @@ class Port:
 class Ports:
     """The outputs of a worker's devices by name, as long as somebody holds them."""
 
-    def __init__(self, box: BlackBox) -> None:
-        """`box` is what the worker reads into."""
+    def __init__(self, box: BlackBox, ring: Ring | None) -> None:
+        """`box` is what the worker reads into, with `ring` if there is one."""
+        self.ring: Final = ring
         self.meters: Final[Mapping[Mode, Meter]] = {
             "tun": Meter("tun", rows=box.rows),
             "tap": Meter("tap", rows=box.rows),
@@ -146,7 +139,8 @@ class Device:
     ) -> None:
         """Take over `fd` and zero its figures. `poke` has the service look at the worker."""
         self.fd: Final = fd
-        self.file: Final = io.FileIO(fd, "r+b")
+        self._io: Final = DeviceIO(fd, box, ports.ring, vnet_hdr=setup.vnet_hdr)
+        self.file: Final = self._io.file
         self.slot: Final = slot
         self.serial: Final = serial
         self.name: Final = setup.name
@@ -165,9 +159,6 @@ class Device:
         self._words: Final = counters.words
         self._drops_at: Final = self._start + DROPS_AT
         self._nested = 0
-        self._whole: Final = box.framed if setup.vnet_hdr else box.buffers
-        self._buffers = self._whole
-        """What the next batch is read into."""
 
     def close(self) -> None:
         """Close the descriptor. What offloads were asked for are taken back first: the device would keep them, and hand
@@ -187,45 +178,21 @@ class Device:
     def drain(self, events: int) -> int:
         """Read up to a batch, count it, and hand it through the chain. Return the errno that it is lost with, or 0.
 
-        EBADFD: deleted (drivers/net/tun.c, tun_chr_read_iter). EFAULT: while it was being deleted. Raises what a
-        processor raises.
+        Raises what a processor raises.
         """
-        lengths: list[int] = []
-        error = 0
-        read = self.file.readinto
-        buffers = self._buffers
-        try:
-            # readinto is one read(2), and says None instead of raising when there is nothing to read.
-            lengths.extend(takewhile(bool, map(read, buffers)))
-        except OSError as failure:
-            error = failure.errno or errno.EIO
-        else:
-            if len(lengths) < len(buffers) and events & (select.EPOLLERR | select.EPOLLHUP):
-                error = self._ended()
+        lengths, error = self._io.read(events)
         if lengths:
             self._hand_through(lengths)
         return error
-
-    def _ended(self) -> int:
-        """Why it says that it has an end, if everything is read."""
-        try:
-            length = self.file.readinto(self._whole[-1])
-        except OSError as failure:
-            return failure.errno or errno.EIO
-        if length is None:
-            return errno.ENODEV  # being unregistered (tun.c, tun_chr_poll)
-        return errno.EPIPE if length == 0 else 0  # the end of a socket; a TUN has none
 
     def _hand_through(self, lengths: list[int]) -> None:
         box = self.box
         count = len(lengths)
         headers: list[Packet] | None = None
-        if self.vnet_hdr:
-            lengths = [max(0, length - HEADER_BYTES) for length in lengths]
-            headers = box.headers(count)
         packets = box.packets(lengths)
-        if headers is not None:
-            self._fit(box.rows.octets, count)
+        if self.vnet_hdr:
+            headers = box.headers(count)
+            self._io.fit(box.rows.octets, count)
         entries, kind = self._meter.look_at_rows(packets)
         if kind < 0:
             self._add(self._start, list(map(_KIND_OF, entries)), lengths)
@@ -256,14 +223,6 @@ class Device:
         left = len(batch.packets)
         if left:
             self._words[self._drops_at + _END_OF_CHAIN] += left
-
-    def _fit(self, octets: int, count: int) -> None:
-        """Have the next batch end at about `BATCH_BYTES`, if its packets are as large as those of this one."""
-        most = len(self._buffers)
-        if octets > BATCH_BYTES and most > BATCH_MIN:
-            self._buffers = self._whole[: most // 2]
-        elif most < BATCH_MAX and count == most and octets < BATCH_BYTES // 2:
-            self._buffers = self._whole[: most * 2]
 
     # -- out
 
@@ -321,27 +280,15 @@ class Device:
             headers = kinds = None
             if not packets:
                 return 0
-        done: list[int | None] = []
-        refused: list[int] = []
-        while len(done) < len(packets):
-            try:
-                done.extend(self._write(packets, headers, len(done)))
-            except OSError as failure:
-                reason = self._why(failure)
-                first = len(done)
-                last = len(packets) if reason in _FOR_ALL else first + 1
-                drop(reason, last - first)
-                refused.extend(range(first, last))
-                done.extend([0] * (last - first))
-        if not all(done):
-            full = [index for index, written in enumerate(done) if written is None]
-            drop(DropReason.OUTPUT_FULL, len(full))
-            refused += full
-        if refused:
-            out = set(refused)
-            packets = [packet for index, packet in enumerate(packets) if index not in out]
+        done = self._io.write(packets, headers)
+        if min(done) < 0:
+            refused = [octets < 0 for octets in done]
+            for error, count in Counter(compress(done, refused)).items():
+                drop(self._why(-error), count)
+            taken = list(map(not_, refused))
+            packets = list(compress(packets, taken))
             if kinds is not None:
-                kinds = [kind for index, kind in enumerate(kinds) if index not in out]
+                kinds = list(compress(kinds, taken))
         if packets:
             self.up = True
             if kinds is None:
@@ -349,22 +296,9 @@ class Device:
             self._add(self._start + DIRECTION_WORDS, kinds, list(map(len, packets)))
         return len(packets)
 
-    def _write(self, packets: list[Packet], headers: list[Packet] | None, first: int) -> Iterator[int | None]:
-        """Write packets, from the one at `first` on, as the octets that each took are asked for; None for a full one.
-
-        Raises OSError.
-        """
-        if first:
-            packets = packets[first:]
-            headers = headers[first:] if headers else None
-        if not self.vnet_hdr:
-            return map(self.file.write, packets)
-        parts = zip(headers or repeat(NO_OFFLOAD), packets, strict=False)
-        return map(os.writev, repeat(self.fd), parts)
-
-    def _why(self, failure: OSError) -> str:
+    def _why(self, error: int) -> str:
         """The reason that a write that failed is counted with (drivers/net/tun.c, tun_get_user)."""
-        match failure.errno:
+        match error:
             case errno.EIO:
                 self.up = False
                 return DropReason.OUTPUT_DOWN

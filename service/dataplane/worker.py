@@ -40,6 +40,7 @@ from service.dataplane.confinement import confine
 from service.dataplane.device import Device, Ports
 from service.dataplane.layout import CounterWriter
 from service.dataplane.registry import Registry
+from service.dataplane.ring import Ring, open_ring
 from service.dataplane.wire import (
     FDS_MAX,
     MESSAGE_MAX_BYTES,
@@ -84,6 +85,7 @@ class Worker:
         notice: int,
         lines: "PacketLines | None",
         registry: Registry,
+        ring: Ring | None = None,
     ) -> None:
         """`control` is a SOCK_SEQPACKET, `notice` an eventfd; both stay the caller's to close."""
         self._control = control
@@ -92,7 +94,7 @@ class Worker:
         self._notice = notice
         self._lines = lines
         self._registry = registry
-        self._ports = Ports(box)
+        self._ports = Ports(box, ring)
         self._epoll = select.epoll()
         self._epoll.register(control.fileno(), select.EPOLLIN)
         self._by_fd: dict[int, Device] = {}
@@ -334,7 +336,7 @@ def main(arguments: Sequence[str]) -> int:
     lines = _open_lines(lines_fd, packets_per_s) if lines_fd >= 0 else None
     with socket.socket(fileno=control_fd) as control:
         control.setblocking(False)
-        worker = Worker(control, counters, box, notice_fd, lines, registry)
+        worker = Worker(control, counters, box, notice_fd, lines, registry, open_ring())
         # Everything is imported and open by now: from here on nothing else will be.
         confine(index, parent_pid)
         worker.run()

@@ -20,7 +20,19 @@ from typing import Any, Final, Literal
 class Rows:
     """The places of up to `most` packets. What `hold` was told last is what the rest is about."""
 
-    __slots__ = ("_memory", "_most", "_stride", "_structs", "_views", "_words", "least", "lengths", "octets", "places")
+    __slots__ = (
+        "_memory",
+        "_most",
+        "_sizes",
+        "_stride",
+        "_structs",
+        "_views",
+        "_words",
+        "least",
+        "lengths",
+        "octets",
+        "places",
+    )
 
     def __init__(self, memory: memoryview, stride: int, most: int) -> None:
         """Take `memory` (format "B"), whose first packet begins at 0; `stride` is even."""
@@ -31,6 +43,7 @@ class Rows:
         self._structs: Final[dict[tuple[str, int], struct.Struct]] = {}
         self._views: list[memoryview] = []
         self._words: dict[int, bytes | None] = {}
+        self._sizes: dict[tuple[int, int], array[int]] = {}
         self.lengths: list[int] = []
         """Of the packets."""
         self.least = 0
@@ -46,6 +59,7 @@ class Rows:
         self.least = min(lengths)
         self.octets = sum(lengths)
         self._words = {}
+        self._sizes = {}
         if lengths[0] == self.least and self.octets == self.least * len(lengths):
             whole = slice(self.least)
             self._views = [place[whole] for place in self.places[: len(lengths)]]
@@ -60,6 +74,17 @@ class Rows:
     def views(self) -> list[memoryview]:
         """The packets, in a list of the caller's own."""
         return self._views[:]
+
+    def holds(self, packets: list[memoryview]) -> bool:
+        """Whether these are the first of the views, one at least."""
+        return same(packets, self._views)
+
+    def sizes(self, count: int, more: int) -> "array[int]":
+        """The first so many lengths, each and so many octets more (format "I")."""
+        found = self._sizes.get((count, more))
+        if found is None:
+            found = self._sizes[count, more] = array("I", [length + more for length in self.lengths[:count]])
+        return found
 
     def words(self, less: int) -> bytes | None:
         """Every length less `less`, as 16-bit words in network order, side by side; None where one does not fit."""
@@ -92,3 +117,10 @@ class Rows:
             gap = self._stride - struct.calcsize("!" + form)
             found = self._structs[form, count] = struct.Struct("!" + f"{form}{gap}x" * (count - 1) + form)
         return found.unpack_from(self._memory)
+
+
+def same(some: list[memoryview], known: list[memoryview]) -> bool:
+    """Whether `some`, one at least, are the very first of `known`; others of the same octets may pass for them."""
+    count = len(some)
+    # A list compares what is the same object without looking into it; the ends tell mostly whether it is worth while.
+    return count <= len(known) and some[0] is known[0] and some[-1] is known[count - 1] and some == known[:count]
