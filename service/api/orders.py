@@ -75,7 +75,12 @@ class Orders:
         """
         who = caller(order.request)
         request = cmd.Request(
-            via=order.via, call=order.call, peer=who.peer, user=who.user, **order.key_and_fingerprint()
+            via=order.via,
+            call=order.call,
+            peer=who.peer,
+            user=who.user,
+            reason=order.reason(),
+            **order.key_and_fingerprint(),
         )
         work = self.engine.reject(refusal, name, order.kind, who.actor, order.command_id, request)
         task = asyncio.get_running_loop().create_task(work)
@@ -192,6 +197,13 @@ class Order:
         """The Idempotency-Key of the request, where it has a good one, and the hash of all that it stands for."""
         key = self.request.headers.get("idempotency-key", "")
         return {"key": key, "fingerprint": self._fingerprint()} if _KEY.fullmatch(key) else {}
+
+    def reason(self) -> str:
+        """The words of Tunledger-Reason, where they are good ones."""
+        try:
+            return _reason(self.request.headers.get("tunledger-reason", ""))
+        except TunledgerError:
+            return ""
 
     def _fingerprint(self) -> str:
         url = f"{self.request.method} {self.request.scope['path']}?"
