@@ -299,6 +299,7 @@ class _Service:
             on_device_lost=on_device_lost,
             packet_log=_packet_log if self._logs_packets else None,
             packets_per_s=max(1, self._config.logging.packets_per_s),
+            io_uring=self._config.dataplane.io_uring == "auto",
             files_for=lambda *stage: captures.files_for(*stage) if captures is not None else (),
             on_poke=lambda: captures.poked() if captures is not None else None,
             on_stage_ended=on_stage_ended,

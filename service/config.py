@@ -39,6 +39,7 @@ Value = str | int | float
 Level = Literal["debug", "info", "warning", "error"]
 Format = Literal["auto", "text", "json"]
 AtStop = Literal["remove", "keep"]
+IoUring = Literal["auto", "off"]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -108,9 +109,12 @@ class ReconcileSection(Section, frozen=True):
 
 
 class DataplaneSection(Section, frozen=True):
-    """How many worker processes share the packets, and where captures go: beside the database if it is empty."""
+    """How many worker processes share the packets, whether they may use io_uring(7), and where captures go: beside the
+    database if it is empty.
+    """
 
     workers: int = 0
+    io_uring: IoUring = "auto"
     capture_directory: str = ""
 
 
@@ -316,6 +320,12 @@ SETTINGS: tuple[Setting, ...] = (
         Whole((0, WORKERS_MAX)),
         "",
         "worker processes that share the packets; 0: one for each processor",
+    ),
+    Setting(
+        "dataplane.io_uring",
+        Choice(get_args(IoUring)),
+        "",
+        "many packets in one system call, where the kernel lets workers; off: one by one",
     ),
     Setting("dataplane.capture_directory", Text(), "", "where captures are written; empty: `captures` beside the log"),
 )

@@ -64,6 +64,7 @@ class Supervisor:
         on_device_lost: Callable[[str, str], None] | None = None,
         packet_log: Callable[[str, str, int], None] | None = None,
         packets_per_s: int = 100,
+        io_uring: bool = True,
         python: str = sys.executable,
         devices_per_worker: int = DEVICES_PER_WORKER,
         new_session: Callable[[], str] = lambda: str(uuid.uuid4()),
@@ -80,6 +81,7 @@ class Supervisor:
         `packet_log` gets the device's name, a line, and how many of the device's packets before it were not
         shown, because of `packets_per_s` (for each worker) or because nobody read in time; an empty line
         carries the number alone. None: packets are not put in words.
+        `io_uring`: whether workers try to have a ring (`ring`).
         `processors` are those of other packages (`registry.discover`). `files_for` is asked for the descriptors of
         stages that want some. `on_poke`: stages asked to be looked at, told at most once in `POKE_S`. `on_stage_ended`
         is told once of each stage that `files_for` gave files for, and of each tap that `untap` did not take away.
@@ -90,6 +92,7 @@ class Supervisor:
         if sys.maxsize < 2**32:
             raise DataplaneError("unsupported", "the data plane needs a 64-bit machine", retry=False)
         self._python, self._devices_per_worker, self._packets_per_s = python, devices_per_worker, packets_per_s
+        self._io_uring = io_uring
         self._processors = dict(processors or {})
         self._packet_log = packet_log
         self._provisions = Provisions(files_for)
@@ -358,6 +361,7 @@ class Supervisor:
             python=self._python,
             slots=self._devices_per_worker,
             packets_per_s=None if self._line_reader is None else self._packets_per_s,
+            io_uring=self._io_uring,
             custom=self._processors,
         )
 

@@ -323,10 +323,10 @@ def main(arguments: Sequence[str]) -> int:
     """Run a worker; return the exit status.
 
     The arguments: parent's pid, index, control, memory, box, notice, lines or -1, packets a second, and, as JSON,
-    folders to import other packages' processors from and their names.
+    folders to import other packages' processors from, their names, and whether to have a ring.
     """
     parent_pid, index, control_fd, memory_fd, box_fd, notice_fd, lines_fd, packets_per_s = map(int, arguments[:8])
-    folders, custom = json.loads(arguments[8])
+    folders, custom, io_uring = json.loads(arguments[8])
     counters = CounterWriter(memory_fd)
     os.close(memory_fd)
     box = BlackBox(box_fd)
@@ -336,7 +336,8 @@ def main(arguments: Sequence[str]) -> int:
     lines = _open_lines(lines_fd, packets_per_s) if lines_fd >= 0 else None
     with socket.socket(fileno=control_fd) as control:
         control.setblocking(False)
-        worker = Worker(control, counters, box, notice_fd, lines, registry, open_ring())
+        ring = open_ring() if io_uring else None
+        worker = Worker(control, counters, box, notice_fd, lines, registry, ring)
         # Everything is imported and open by now: from here on nothing else will be.
         confine(index, parent_pid)
         worker.run()

@@ -59,14 +59,21 @@ class WorkerProcess:
     """A running worker. Thread-safe; `reap` is for the supervisor's watcher alone."""
 
     def __init__(
-        self, index: int, *, python: str, slots: int, packets_per_s: int | None, custom: Mapping[str, str] | None = None
+        self,
+        index: int,
+        *,
+        python: str,
+        slots: int,
+        packets_per_s: int | None,
+        io_uring: bool = True,
+        custom: Mapping[str, str] | None = None,
     ) -> None:
         """Start a worker and return without waiting until it is up: it answers when it is.
 
         Must be called from a thread that outlives the worker: the kernel counts that thread, not the process,
         as the parent whose end brings PDEATHSIG (prctl(2)). `packets_per_s` is None if nobody wants packets in
-        words. `custom` are processors of other packages, which it finds where this process finds them. Raises OSError
-        if the process cannot be started.
+        words. `io_uring`: whether it tries to have a ring. `custom` are processors of other packages, which it finds
+        where this process finds them. Raises OSError if the process cannot be started.
         """
         self.index: Final = index
         self.started: Final = time.monotonic()
@@ -108,7 +115,7 @@ class WorkerProcess:
                 lines_fd = lines.fileno()
                 inherited.append(lines_fd)
             numbers = (os.getpid(), index, control.fileno(), memory, box, self.notice, lines_fd, packets_per_s or 0)
-            others = json.dumps([sys.path if custom else [], custom or {}])
+            others = json.dumps([sys.path if custom else [], custom or {}, io_uring])
             self._process = subprocess.Popen(
                 [python, "-I", "-S", "-c", _PROGRAM, str(_ROOT), *map(str, numbers), others],
                 stdin=subprocess.DEVNULL,

@@ -85,6 +85,7 @@ def test_every_setting_can_be_set_by_file_environment_and_flag(write: Callable[[
         "shutdown.timeout_s": 1,
         "reconcile.interval_s": 3600,
         "dataplane.workers": 64,
+        "dataplane.io_uring": "off",
         "dataplane.capture_directory": "/srv/captures",
     }
     assert list(others) == [setting.key for setting in SETTINGS]
