@@ -94,7 +94,7 @@ def test_a_bad_query_is_400(idle: Running, query: str) -> None:
 
 @pytest.mark.parametrize(
     ("given", "kept"),
-    [("ticket 4711", "ticket 4711"), ("gr\u00fcn".encode().decode("latin-1"), "gr\u00fcn"), ("x" * 10_000, "")],
+    [("ticket 4711", "ticket 4711"), ("x" * 10_000, "")],
 )
 def test_why_somebody_asked_is_in_the_log_also_where_it_was_refused(api: Running, given: str, kept: str) -> None:
     answer = api.call("POST", "/api/v1/interfaces", {"name": "tun0", "mtu": 7}, headers={"Tunledger-Reason": given})
