@@ -36,6 +36,7 @@ from service.dataplane.handover import (
 from service.dataplane.line_reader import LineReader
 from service.dataplane.posts import Post
 from service.dataplane.provisions import FilesFor, Provisions, close_all
+from service.dataplane.ring import Ring
 from service.dataplane.roster import DEVICES_PER_WORKER, Roster
 from service.dataplane.telling import Telling, WorkerExit
 from service.dataplane.watcher import STOP_TIMEOUT_S, Watcher
@@ -116,6 +117,8 @@ class Supervisor:
             self._started = True
         if not syscalls.available():
             self._log.warning("workers are not kept from opening files: this machine's system calls are not filtered")
+        if self._io_uring:
+            self._try_ring()
         if self._packet_log is not None:
             self._line_reader = LineReader(self._packet_log)
         self._watcher = Watcher(self._roster, self._tell, self._new_worker, self._line_reader)
@@ -348,6 +351,13 @@ class Supervisor:
             self._watcher.join(STOP_TIMEOUT_S + 2 * KILL_TIMEOUT_S)
         if self._line_reader is not None:
             self._line_reader.close(KILL_TIMEOUT_S)
+
+    def _try_ring(self) -> None:
+        """Say so if workers will have none: they are what they are without, only slower."""
+        try:
+            Ring().close()
+        except OSError as error:
+            self._log.info("workers have no io_uring: one packet in a system call", error=error.strerror)
 
     def _poke(self) -> None:
         """Under the roster's lock: have the watcher look at everything again."""
