@@ -275,6 +275,8 @@ class Device:
 
     def _emit(self, packets: list[Packet], headers: list[Packet] | None, kinds: list[int] | None, drop: Drop) -> int:
         """Write packets, and count those that were taken; `kinds` are their classes, None if nobody has looked."""
+        if not packets:
+            return 0
         if headers is not None and not self.vnet_hdr and not is_plain(headers):
             packets, _ = plain(packets, headers, self.mode, drop)
             headers = kinds = None

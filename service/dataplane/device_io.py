@@ -18,7 +18,7 @@ from typing import Final
 
 from service.dataplane.blackbox import HEADER_BYTES, BlackBox
 from service.dataplane.contract import BATCH_MAX, NO_OFFLOAD, Packet
-from service.dataplane.ring import Reads, Ring
+from service.dataplane.ring import NOT_TAKEN, Reads, Ring
 
 RING_MIN: Final = 6
 """Packets from which on a ring costs less than a call for each."""
@@ -31,6 +31,8 @@ BATCH_MIN: Final = 4
 
 _FOR_ALL: Final = frozenset({errno.EIO, errno.EBADFD, errno.ENODEV, errno.EPIPE, errno.ECONNRESET})
 """Where one packet was refused for these, so would be the next: down, or gone (drivers/net/tun.c, tun_get_user)."""
+
+_NOTHING: Final = frozenset({-errno.EAGAIN, NOT_TAKEN})
 
 
 class DeviceIO:
@@ -86,7 +88,8 @@ class DeviceIO:
         if min(found) > 0:
             return found, 0
         # Nothing was there for some. Others may have come for those behind them: they move up.
-        error = next((-length for length in found if length < 0 and length != -errno.EAGAIN), 0)
+        found = ring.placed(found)
+        error = next((-length for length in found if length < 0 and length not in _NOTHING), 0)
         if error == errno.EOPNOTSUPP:  # not to be read without waiting, by a ring
             self._ring, error = None, 0
         lengths: list[int] = []
@@ -126,9 +129,16 @@ class DeviceIO:
             addresses = self._box.addresses(framed=self.vnet_hdr)
             more = HEADER_BYTES if self.vnet_hdr else 0
             found = ring.write(self.fd, addresses[: len(packets)], self._box.rows.sizes(len(packets), more))
-            if found[0] != -errno.EOPNOTSUPP:
+            if min(found) < 0:
+                found = ring.placed(found)
+            if found[0] == -errno.EOPNOTSUPP:
+                self._ring = None
+            elif found[-1] != NOT_TAKEN:
                 return found
-            self._ring = None
+            else:
+                taken = found.index(NOT_TAKEN)
+                rest = None if headers is None else headers[taken:]
+                return found[:taken] + self._write_one_by_one(packets[taken:], rest)
         return self._write_one_by_one(packets, headers)
 
     def _write_one_by_one(self, packets: list[Packet], headers: list[Packet] | None) -> list[int]:

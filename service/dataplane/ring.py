@@ -2,8 +2,8 @@
 
 A TUN gives one packet a read(2) and takes one a write(2). What Python and the way into the kernel cost for each of
 them is a third of what a packet costs at all; a ring has that once a batch. Not every kernel lets one have it
-(kernel.io_uring_disabled, a container's seccomp filter, before 5.10): then `open_ring` gives None, and packets are
-read and written one by one.
+(kernel.io_uring_disabled, a container's seccomp filter, before 5.18): then `open_ring` gives None, and packets are
+read and written one by one. A TUN can be had by a ring from Linux 6.4 on (FMODE_NOWAIT in drivers/net/tun.c).
 
 Theory of operation. Nothing ever waits: each request says RWF_NOWAIT, so that all are done, in their order, when the
 system call returns, and a device with nothing to read says EAGAIN. Places of packets do not change, so requests are
@@ -16,6 +16,7 @@ What it may do is fixed before it is enabled: to read and to write descriptors, 
 Sources: io_uring_setup(2), io_uring_enter(2), io_uring_register(2), linux/io_uring.h; io_uring/rw.c for RWF_NOWAIT.
 """
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -52,6 +53,9 @@ are reserved, as `user_addr` is)."""
 _REQUEST: Final = struct.Struct("=BBHiQQIIQ24x")
 """struct io_uring_sqe: opcode, flags, ioprio, fd, off, addr, len, rw_flags, user_data."""
 _RESTRICTION: Final = struct.Struct("=HBx12x")
+NOT_TAKEN: Final = -errno.ECANCELED
+"""What comes of a request that the kernel did not take."""
+
 _REQUEST_BYTES: Final = 64
 _RESULT_BYTES: Final = 16  # struct io_uring_cqe: user_data, res, flags
 
@@ -87,7 +91,8 @@ class Ring:
     def _call(self, *arguments: int) -> int:
         found: int = self._syscall(*arguments, *(0,) * (7 - len(arguments)))
         if found < 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error))
         return found
 
     def _restrict(self) -> None:
@@ -128,9 +133,10 @@ class Ring:
                 writes, number * _REQUEST_BYTES, _OP_WRITE, 0, 0, -1, 0, 0, 0, _RWF_NOWAIT, HALF + number
             )
         self._reading: Reads | None = None
+        self._heard: tuple[int, int] | None = None  # where the last results began, and the first request of theirs
 
     def close(self) -> None:
-        """Give it back; nothing can be asked of it any more. A process that ends need not."""
+        """Close its descriptor: nothing can be asked of it any more. The kernel has it back with this object's end."""
         os.close(self._fd)
 
     def reads(self, fd: int, addresses: Sequence[int], size: int) -> Reads:
@@ -145,7 +151,8 @@ class Ring:
     def read(self, reads: Reads, count: int) -> list[int]:
         """Do the first `count` of these reads, in order; what each came to, octets or a negative errno.
 
-        One that could not even be asked for came to -EAGAIN.
+        `NOT_TAKEN` is what came of those that the kernel did not even take. What came to nothing may stand before what
+        was done ahead of it: `placed` puts that right. Raises OSError if the kernel neither does requests nor says so.
         """
         if reads is not self._reading:
             self._requests[: len(reads.requests)] = reads.requests
@@ -180,17 +187,30 @@ class Ring:
         if len(found) < count:
             found += self._results[: count - len(found)].tolist()
         words[self._heard_at] = heard + count & 0xFFFFFFFF
+        self._heard = heard, first
         return found
+
+    def placed(self, found: list[int]) -> list[int]:
+        """What `read` or `write` gave just now, by request: before Linux 6.2 what was done is told behind all else."""
+        if self._heard is None:
+            return found
+        heard, first = self._heard
+        by_request = found[:]
+        for number, result in enumerate(found):
+            by_request[self._whose[heard + number & self._results_mask] - first] = result
+        return by_request
 
     def _hear_late(self, first: int, count: int) -> list[int]:
         """What came of requests that were not all taken, or not all done at once, in whatever order."""
         words = self._words
         taken = count - (words[self._named_at] - words[self._taken_at] & 0xFFFFFFFF)
         words[self._named_at] = words[self._taken_at]  # the rest is taken back
-        found = [-errno.EAGAIN] * count
+        found = [NOT_TAKEN] * count
+        self._heard = None  # these are told by request
         for _ in range(taken):
             while words[self._heard_at] == words[self._done_at]:  # their memory is not ours before they are done
-                self._syscall(_ENTER, self._fd, 0, 1, _ENTER_GETEVENTS, 0, 0)
+                with contextlib.suppress(InterruptedError):
+                    self._call(_ENTER, self._fd, 0, 1, _ENTER_GETEVENTS)
             at = words[self._heard_at] & self._results_mask
             found[self._whose[at] - first] = self._results[at]
             words[self._heard_at] = words[self._heard_at] + 1 & 0xFFFFFFFF

@@ -11,7 +11,9 @@ descriptor are not the worker's to set: what comes to it does not block already.
 
 What is left open: paths are in memory, where no filter looks, and `newfstatat` with an empty one is how glibc does
 fstat, which each set-up, mmap and FileIO need. Whoever makes it by hand, with AT_EMPTY_PATH and a path all the same,
-learns size, mode and times of a file that its user may look up, not what is in it.
+learns size, mode and times of a file that its user may look up, not what is in it. `io_uring_enter` has its requests
+in memory, too: the ring's own rules keep them to reading and writing (`ring`). Those do not look at RWF_ flags, so that
+a file that was opened to append can be written elsewhere, as it could be cut short by `ftruncate`.
 """
 
 import ctypes

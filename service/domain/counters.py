@@ -40,10 +40,13 @@ class _Life:
     epoch: int = 0
     raw: Figures = field(default_factory=dict)
     epochs: dict[str, int] = field(default_factory=dict)  # the last epoch of every key there was
+    ended_key: str = ""  # of the life before this one
+    ended_raw: Figures = field(default_factory=dict)
 
     def open(self, key: str, epoch: int) -> None:
         """End the present life, and begin one under another key or epoch."""
         self.closed.update(self.raw)
+        self.ended_key, self.ended_raw = self.full_key, self.raw
         self.key, self.epoch = key, epoch
         self.epochs[key] = max(epoch, self.epochs.get(key, 0))
 
@@ -82,12 +85,18 @@ class Book:
         """Take the last reading of a life that was ended by us; as `take`.
 
         It may be older than what was taken of that life already, so a value that falls is no other life: it would
-        count twice.
+        count twice. A worker's may come when its next life was heard of already; keys of workers are given out once.
         """
         life = self._lives.get((reading.interface_id, reading.source))
-        if life is not None and life.key == reading.key:
-            known = {name: max(value, reading.raw.get(name, 0)) for name, value in life.raw.items()}
-            reading = replace(reading, raw={**reading.raw, **known})
+        if life is None:
+            return self.take(reading)
+        if life.key == reading.key:
+            return self.take(replace(reading, raw=_most(reading.raw, life.raw)))
+        if reading.source is Source.WORKER and life.ended_key == reading.key:
+            last = _most(reading.raw, life.ended_raw)
+            life.closed.update({name: value - life.ended_raw.get(name, 0) for name, value in last.items()})
+            life.ended_raw = last
+            return replace(reading, raw=last)
         return self.take(reading)
 
     def totals(self, interface_id: InterfaceId, source: Source) -> dict[str, int]:
@@ -101,6 +110,11 @@ class Book:
         """Let go of an interface that was retired; what was stored stays stored."""
         for source in Source:
             self._lives.pop((interface_id, source), None)
+
+
+def _most(one: Figures, other: Figures) -> Figures:
+    """The larger of each figure."""
+    return {name: max(one.get(name, 0), other.get(name, 0)) for name in {**other, **one}}
 
 
 def kernel_reading(

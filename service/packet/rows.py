@@ -69,14 +69,14 @@ class Rows:
 
     def forget(self) -> None:
         """The views may be of no use any more: somebody else had them in hand."""
-        self.lengths = []
+        self.lengths, self._views = [], []
 
     def views(self) -> list[memoryview]:
         """The packets, in a list of the caller's own."""
         return self._views[:]
 
     def holds(self, packets: list[memoryview]) -> bool:
-        """Whether these are the first of the views, one at least."""
+        """Whether these are the first of the views, one at least, and nobody else had them in hand since."""
         return same(packets, self._views)
 
     def sizes(self, count: int, more: int) -> "array[int]":
@@ -120,7 +120,7 @@ class Rows:
 
 
 def same(some: list[memoryview], known: list[memoryview]) -> bool:
-    """Whether `some`, one at least, are the very first of `known`; others of the same octets may pass for them."""
+    """Whether `some` are the very first of `known`, one at least; others of the same octets may pass for them."""
     count = len(some)
     # A list compares what is the same object without looking into it; the ends tell mostly whether it is worth while.
-    return count <= len(known) and some[0] is known[0] and some[-1] is known[count - 1] and some == known[:count]
+    return 0 < count <= len(known) and some[0] is known[0] and some[-1] is known[count - 1] and some == known[:count]

@@ -22,6 +22,7 @@ NAMES = {
         ("crash", "Crash"),
         ("picky", "Picky"),
         ("echo", "Echo"),
+        ("mute", "Mute"),
         ("open", "Open"),
         ("sink", "Sink"),
         ("tidy", "Tidy"),
@@ -131,6 +132,13 @@ class Echo(Processor):
         for packet in batch:
             self.context.count("taken", batch.answer(bytes(packet)))
         batch.take(())
+
+
+class Mute(Processor):
+    """Answers with as many packets as it has to say: none."""
+
+    def process(self, batch: Batch) -> None:
+        assert batch.answer_all([]) == 0
 
 
 class Open(Processor):

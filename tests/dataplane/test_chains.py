@@ -51,6 +51,41 @@ def test_views_that_a_processor_releases_are_its_own(
     assert observed.exits == []
 
 
+@pytest.mark.parametrize("io_uring", [True, False], ids=["ring", "one by one"])
+def test_a_batch_may_go_to_one_device_after_another_whose_chain_looks_at_it(
+    start: Start, feed: MakeFeed, until: Until, observed: Observed, io_uring: bool
+) -> None:
+    """What others had in hand on the way is not what was read, as far as anybody knows."""
+    supervisor = start(io_uring=io_uring)
+    first, second, third = feed(), feed(), feed()
+    supervisor.attach("third", third.fd, mode="tun")
+    supervisor.attach("second", second.fd, mode="tun", work=chain(COUNT))
+    to_both = chain({"processor": "send", "to": "second", "keep": True}, {"processor": "send", "to": "third"})
+    supervisor.attach("first", first.fd, mode="tun", work=to_both)
+    (pid,) = worker_pids()
+    for turn in range(1, 4):  # a batch that many packets came in before is asked for at once
+        os.kill(pid, signal.SIGSTOP)
+        sent = [IPV4_UDP + bytes([turn, number]) for number in range(20)]
+        for packet in sent:
+            first.socket.send(packet)
+        os.kill(pid, signal.SIGCONT)
+        for device in (second, third):
+            assert [device.socket.recv(100) for _ in sent] == sent
+    until(lambda: supervisor.counters()["third"].to_kernel["ipv4.udp"][0] == 60)
+    assert drops(supervisor, "first") == {}
+    assert observed.exits == []
+
+
+def test_no_answers_are_no_mistake(start: Start, feed: MakeFeed, until: Until, observed: Observed) -> None:
+    supervisor = start()
+    device = feed()
+    supervisor.attach("a", device.fd, mode="tun", work=chain({"processor": "mute"}))
+    for count in (1, 2):
+        device.socket.send(IPV4_UDP)
+        until(lambda count=count: drops(supervisor, "a") == {"end_of_chain": count})
+    assert observed.exits == []
+
+
 def test_a_header_that_says_nothing_is_its_packets_own() -> None:
     batch = FakeBatch([IPV4_UDP, IPV4_UDP], headers=[bytes(10)] * 2)
     for index in range(2):

@@ -5,7 +5,6 @@ import errno
 import os
 import socket
 import struct
-import threading
 from array import array
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -22,7 +21,6 @@ from service.dataplane.contract import BATCH_MAX, NO_OFFLOAD
 from service.dataplane.device_io import DeviceIO
 from service.dataplane.ring import HALF, Reads, Ring
 
-DEADLINE_S = 20.0
 EVENTS_NONE = 0
 
 
@@ -133,6 +131,9 @@ def test_packets_move_up_to_where_nothing_came(box: BlackBox) -> None:
         def reads(self, *_: Any) -> Reads:
             return Reads(b"")
 
+        def placed(self, found: list[int]) -> list[int]:
+            return found
+
         def read(self, _reads: Reads, count: int) -> list[int]:
             found = [-errno.EAGAIN] * count
             for place, packet in ((0, b"one"), (2, b"three"), (5, b"five!!")):
@@ -157,6 +158,9 @@ def test_a_device_that_a_ring_cannot_have_without_waiting_goes_without(box: Blac
     class Refused:
         def reads(self, *_: Any) -> Reads:
             return Reads(b"")
+
+        def placed(self, found: list[int]) -> list[int]:
+            return found
 
         def read(self, _reads: Reads, count: int) -> list[int]:
             return [-errno.EOPNOTSUPP] * count
@@ -253,7 +257,9 @@ def test_many_turns_lose_count_of_nothing(one: Ring, box: BlackBox) -> None:
                 assert heard(far) == sent
 
 
-def test_requests_that_come_late_are_waited_for_and_told_in_order(one: Ring, box: BlackBox) -> None:
+def test_requests_that_come_late_are_waited_for_and_told_in_order(
+    one: Ring, box: BlackBox, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """None of ours waits; should the kernel have one wait all the same, its memory is not ours until it is done."""
     pipes = [os.pipe() for _ in range(4)]
     requests = b"".join(
@@ -262,31 +268,80 @@ def test_requests_that_come_late_are_waited_for_and_told_in_order(one: Ring, box
         for number, (reading, _) in enumerate(pipes)
     )
 
-    def feed() -> None:
-        for number in (2, 0, 3, 1):
-            os.write(pipes[number][1], b"x" * (number + 1))
+    waited: list[int] = []
+    call = one._call
 
-    feeder = threading.Timer(0.1, feed)
-    feeder.start()
+    def feed_and_wait(*arguments: int) -> int:
+        if not waited:
+            for number in (2, 0, 3, 1):
+                os.write(pipes[number][1], b"x" * (number + 1))
+        waited.append(arguments[0])
+        return call(*arguments)
+
+    monkeypatch.setattr(one, "_call", feed_and_wait)
     try:
-        assert one.read(Reads(requests), 4) == [1, 2, 3, 4]
+        found = one.read(Reads(requests), 4)
+        assert one.placed(found) == found == [1, 2, 3, 4]
+        assert waited
         assert [bytes(box.buffers[number][: number + 1]) for number in range(4)] == [b"x", b"xx", b"xxx", b"xxxx"]
         reads = one.reads(pipes[0][0], box.addresses(framed=False), 100)
         assert one.read(reads, 3) == [-errno.EAGAIN] * 3, "and it goes on as before"
     finally:
-        feeder.join(DEADLINE_S)
         for reading, writing in pipes:
             os.close(reading)
             os.close(writing)
 
 
-def test_a_kernel_that_takes_no_requests_is_told_as_nothing_to_read(one: Ring, box: BlackBox) -> None:
+def test_results_that_are_told_in_another_order_are_put_in_order(one: Ring, box: BlackBox) -> None:
+    with wire() as (far, fd):
+        device = DeviceIO(fd, box, one, vnet_hdr=False)
+        with device.file:
+            far.send(b"one")
+            far.send(b"three")
+            far.send(b"five!!")
+            device._came = BATCH_MAX
+            # As if the kernel had found nothing for 0, 2 and 4, and told that first.
+            submit, order = one._submit, [*range(0, 6, 2), *range(1, 7, 2), *range(6, BATCH_MAX)]
+
+            def told_late(first: int, count: int) -> list[int]:
+                found = submit(first, count)
+                for place, length in ((5, 6), (3, 5), (1, 3)):
+                    box.buffers[place][:length] = bytes(box.buffers[place // 2][:length])
+                assert one._heard is not None
+                for number, request in enumerate(order):
+                    one._whose[one._heard[0] + number & one._results_mask] = request
+                return found[3:6] + found[:3] + found[6:]
+
+            one._submit = told_late  # type: ignore[method-assign]
+            lengths, _ = device.read(EVENTS_NONE)
+            assert lengths == [3, 5, 6]
+            assert [bytes(packet) for packet in box.packets(lengths)] == [b"one", b"three", b"five!!"]
+
+
+def test_what_a_kernel_does_not_take_is_written_one_by_one(one: Ring, box: BlackBox) -> None:
+    call = one._syscall
+    with wire() as (far, fd):
+        device = DeviceIO(fd, box, one, vnet_hdr=True)
+        with device.file:
+            for place in range(10):
+                box.framed[place][: HEADER_BYTES + 4] = bytes(HEADER_BYTES) + b"row%d" % place
+            for taken in (0, 7):
+                # It takes that many, and says that it has no memory for more.
+                one._syscall = lambda number, ring, _count, *more, taken=taken: (  # type: ignore[assignment, misc]
+                    call(number, ring, taken, *more) if taken else -1
+                )
+                packets = box.packets([4] * 10)
+                assert device.write(packets, box.headers(10)) == [HEADER_BYTES + 4] * 10
+                assert heard(far) == [bytes(HEADER_BYTES) + b"row%d" % place for place in range(10)]
+
+
+def test_a_kernel_that_takes_no_requests_is_told_as_such(one: Ring, box: BlackBox) -> None:
     reading, writing = os.pipe2(os.O_NONBLOCK)
     try:
         reads = one.reads(reading, box.addresses(framed=False), 100)
         call = one._syscall
         one._syscall = lambda *_: -1  # type: ignore[assignment, misc]
-        assert one.read(reads, 20) == [-errno.EAGAIN] * 20
+        assert one.read(reads, 20) == [ring.NOT_TAKEN] * 20
         one._syscall = call  # type: ignore[misc]
         os.write(writing, b"there")
         assert one.read(reads, 20)[:2] == [5, -errno.EAGAIN]

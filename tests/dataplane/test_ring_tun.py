@@ -1,5 +1,6 @@
 """Real TUNs under many packets, through a worker's ring and one by one: the same packets, in the same order."""
 
+import ctypes
 import errno
 import os
 import re
@@ -40,12 +41,23 @@ def asked_of_rings(pid: int) -> int | None:
     return None
 
 
+def skip_without_ring() -> None:
+    one = ring.open_ring()
+    if one is None:
+        pytest.skip("missing: io_uring(7), which this kernel or container does not let us have")
+    room = (ctypes.c_char * 100)()
+    fd = tun.open_device("probe")
+    try:
+        if one.read(one.reads(fd, [ctypes.addressof(room)], 100), 1) == [-errno.EOPNOTSUPP]:
+            pytest.skip("missing: TUNs that a ring can have, as from Linux 6.4 on")
+    finally:
+        os.close(fd)
+        one.close()
+
+
 def started(start: Start, *, io_uring: bool) -> tuple[Supervisor, int]:
     if io_uring:
-        one = ring.open_ring()
-        if one is None:
-            pytest.skip("missing: io_uring(7), which this kernel or container does not let us have")
-        one.close()
+        skip_without_ring()
     supervisor = start(io_uring=io_uring)
     (pid,) = worker_pids()
     assert (asked_of_rings(pid) is not None) == io_uring

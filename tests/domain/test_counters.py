@@ -88,6 +88,15 @@ def test_a_last_reading_that_is_older_than_what_was_taken_counts_nothing_twice()
     assert book.totals(ONE, Source.KERNEL) == {"a": 11, "b": 91, "c": 1}
 
 
+def test_the_last_of_a_worker_may_come_when_its_next_life_was_heard_of() -> None:
+    book, table = Book(), Table()
+    table.store(book.take(reading("s1", Source.WORKER, a=100, b=1)))
+    table.store(book.take(reading("s2", Source.WORKER, a=5)))
+    table.store(book.take_last(reading("s1", Source.WORKER, a=103, b=1, c=7)))
+    table.store(book.take(reading("s2", Source.WORKER, a=9)))
+    assert book.totals(ONE, Source.WORKER) == table.load().totals(ONE, Source.WORKER) == {"a": 112, "b": 1, "c": 7}
+
+
 def test_a_last_reading_may_be_the_first_of_its_life() -> None:
     book = Book()
     assert book.take_last(reading("k", a=5)).key == "k"
