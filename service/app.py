@@ -36,6 +36,8 @@ from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.spec import Offloads, Processing
 from service.domain.steps import COUNT_ONLY
 from service.domain.values import CommandId, InterfaceId, InterfaceName, NodeId
+from service.kernel import tundev
+from service.kernel.errnos import no_device_node
 from service.kernel.monitor import Monitor
 from service.kernel.namespaces import host_kernel
 from service.kernel.peer import Asker
@@ -364,7 +366,7 @@ class _Service:
             knows=opened.reader.declared,
             publish=publish,
             frozen=opened.frozen,
-            obstacle=lacks_net_admin,
+            obstacle=lambda: lacks_net_admin() or lacks_device_node(),
             processors=processors,
             remover=Remover(remover, Hands(removing, Workers(supervisor), monitor)),
             keeper=CounterKeeper(
@@ -613,6 +615,17 @@ def lacks_net_admin() -> str | None:
     if effective >> CAP_NET_ADMIN & 1:
         return None
     return "no command can be carried out: CAP_NET_ADMIN is missing; run as root or grant it"
+
+
+def lacks_device_node() -> str | None:
+    """What to say if no interface can be made or read because /dev/net/tun is not there, or not for this process."""
+    try:
+        os.close(tundev.open_node())
+    except OSError as error:
+        refusal = no_device_node(tundev.TUN_PATH, error.errno or 0)
+        if refusal.code in (ErrorCode.TUN_MISSING, ErrorCode.PERMISSION_DENIED):
+            return f"no interface can be made: {refusal.message}"
+    return None
 
 
 def _tell_of_end(engine: Engine, task: "asyncio.Task[None]") -> None:

@@ -300,6 +300,31 @@ def test_a_service_that_lacks_the_capability_says_so_and_does_nothing_by_halves(
         world.assert_holds()
 
 
+@beside
+def test_a_service_without_the_device_node_says_so_and_does_what_it_can(folder: Path) -> None:
+    world, service = odd_world(folder, "no /dev/net/tun from the start")
+    with world:
+        world.start()
+        make(world, {"name": "p0", "mtu": 1400}, {"name": "p1"})
+        assert health(world)[0] == 200
+        world.kill()
+        hidden = 'mount -t tmpfs none /dev/net && exec "$@"'
+        service.prefix = ["unshare", "--mount", "sh", "-c", hidden, "-"]
+        world.start()
+        code, words = health(world)
+        assert code == 503
+        assert "/dev/net/tun is missing" in words
+        heard = world.send("POST", "/api/v1/interfaces", {"name": "p9"})
+        assert (heard.kind, heard.code) == ("refused", "tun_missing"), heard.answer
+        assert world.send("PATCH", "/api/v1/interfaces/p0", {"mtu": 1290}).kind == "acknowledged"
+        assert world.send("DELETE", "/api/v1/interfaces/p1").kind == "acknowledged"
+        assert world.service.stop() == 0
+        service.prefix = []
+        world.start()
+        assert health(world)[0] == 200
+        world.assert_holds()
+
+
 def _refuses_everything(world: World) -> None:
     """Every kind of write fails with the kernel's reason, reads go on, health says it."""
     before = {name: link.still for name, link in world.host.links().items()}
