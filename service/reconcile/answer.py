@@ -80,7 +80,7 @@ class Renderer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What a command would do: the events, and for each interface the differences and the steps."""
+    """What a command would do: the events, and for each interface the differences and the steps, or why it has none."""
 
     intents: tuple[ev.Intent, ...]
-    plans: tuple[tuple[InterfaceName, tuple[Difference, ...], tuple[Step, ...]], ...]
+    plans: tuple[tuple[InterfaceName, tuple[Difference, ...], tuple[Step, ...], str | None], ...]

@@ -220,18 +220,22 @@ class Engine:
             intents = await self._decide(submission)
         wanted = [self._finishing.wanted_by(intent) for intent in intents]
 
-        def look_and_plan() -> list[tuple[InterfaceName, tuple[Difference, ...], tuple[Step, ...]]]:
+        def look_and_plan() -> list[tuple[InterfaceName, tuple[Difference, ...], tuple[Step, ...], str | None]]:
             seen, _ = look(self._hands, wanted)
-            return [
-                (
-                    each.name,
-                    differences(each.token, each.name, each.spec, seen[each.id]),
-                    plan(each.token, each.name, each.spec, seen[each.id]),
-                )
-                for each in wanted
-            ]
+            closed = self._closed([each.key for each in wanted if each.spec is not None and each.netns is not None])
+            plans = []
+            for each in wanted:
+                refusal = closed.get(each.netns or "") if each.spec is not None else None
+                found = differences(each.token, each.name, each.spec, seen[each.id])
+                steps = () if refusal is not None else plan(each.token, each.name, each.spec, seen[each.id])
+                plans.append((each.name, found, steps, refusal.message if refusal is not None else None))
+            return plans
 
         return Preview(tuple(intents), tuple(await self._applying.run(look_and_plan)))
+
+    def _closed(self, keys: Sequence[str]) -> Mapping[str, TunledgerError]:
+        """In the applier's thread: the network namespaces of these links that nothing can be done in, and why."""
+        return self._hands.kernel.survey(keys, self.node, networks=False).closed if keys else {}
 
     async def _decide(self, submission: cmd.Submission) -> list[ev.Intent]:
         host = await self._survey(submission)
@@ -550,16 +554,20 @@ class Engine:
         """What differs now, interface by interface, with the steps that would mend it; nothing is changed."""
         interfaces = [i for i in self.state.interfaces.values() if i.pending is None and i.spec is not None]
         seen = await self.observe_all(interfaces)
+        keys = [link_key(i.netns, i.name) for i in interfaces if i.netns is not None]
+        closed = await self._applying.run(lambda: self._closed(keys))
         found = []
         for interface in interfaces:
             token, sight = Token(self.node, interface.id), seen[interface.id]
             left = differences(token, interface.name, interface.spec, sight)
             if not left:
                 continue
+            refusal, steps = closed.get(interface.netns or ""), tuple[Step, ...]()
             try:
-                steps, refusal = plan(token, interface.name, interface.spec, sight), None
+                if refusal is None:
+                    steps = plan(token, interface.name, interface.spec, sight)
             except TunledgerError as error:
-                steps, refusal = (), error
+                refusal = error
             found.append((interface, left, steps, refusal))
         return found
 

@@ -10,9 +10,9 @@ from service.domain import events as ev
 from service.domain.errors import ErrorCode, TunledgerError
 from service.domain.spec import parse_spec
 from service.domain.token import Token
-from service.domain.values import InterfaceName, Mode
+from service.domain.values import CommandId, InterfaceName, Mode
 from service.kernel.fake import FakeNamespaces
-from tests.reconcile.rig import Rig, running
+from tests.reconcile.rig import CLOCK, Rig, running
 
 pytestmark = pytest.mark.anyio
 RUNNING = {"running": True}
@@ -90,6 +90,26 @@ async def test_an_interface_in_a_namespace_that_went_can_be_changed_and_comes_ba
         assert hosts.host().observe().links["blue/tun0"].mtu == 1400
         assert rig.plane.held == {}
         assert rig.engine.degraded(known.id) is None
+
+
+async def test_what_cannot_be_done_while_a_namespace_is_gone_is_not_said_to_be_done(tmp_path: Path) -> None:
+    hosts = FakeNamespaces()
+    hosts.add("blue")
+    async with running(tmp_path, hosts.host()) as rig:
+        await rig.declare(netns="blue")
+        hosts.delete("blue")
+        change = cmd.PatchInterface(InterfaceName("tun0"), {"mtu": 1400})
+        for gone in (True, False):
+            asked = cmd.Submission((change,), CommandId(CLOCK.new_id()), "uid:0", cmd.Request(via="v1", call="change"))
+            preview = await rig.engine.preview(asked)
+            ((_, found, steps, why),) = preview.plans
+            ((_, drifted, mending, because),) = await rig.engine.drift()
+            assert [str(difference.path) for difference in found] == [str(d.path) for d in drifted] == ["tun0"]
+            assert (not steps, not mending) == (gone, gone)
+            for words in (why, because.message if because is not None else None):
+                assert words == ("netns blue does not exist; `ip netns add blue` makes it" if gone else None)
+            if gone:
+                hosts.add("blue")
 
 
 async def test_a_batch_that_fails_elsewhere_leaves_one_whose_namespace_went_as_it_was(tmp_path: Path) -> None:
