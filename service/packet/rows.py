@@ -60,20 +60,26 @@ class Rows:
         self.octets = sum(lengths)
         self._words = {}
         self._sizes = {}
-        if lengths[0] == self.least and self.octets == self.least * len(lengths):
-            whole = slice(self.least)
-            self._views = [place[whole] for place in self.places[: len(lengths)]]
-        else:
-            self._views = [place[:length] for place, length in zip(self.places, lengths, strict=False)]
+        self._views = []
         return True
 
     def forget(self) -> None:
         """The views may be of no use any more: somebody else had them in hand."""
-        self.lengths, self._views = [], []
+        self._views = []
 
     def views(self) -> list[memoryview]:
         """The packets, in a list of the caller's own."""
+        if not self._views:
+            self._make_views()
         return self._views[:]
+
+    def _make_views(self) -> None:
+        lengths = self.lengths
+        if self.octets == self.least * len(lengths):  # all the same
+            whole = slice(self.least)
+            self._views = [place[whole] for place in self.places[: len(lengths)]]
+        else:
+            self._views = [place[:length] for place, length in zip(self.places, lengths, strict=False)]
 
     def holds(self, packets: list[memoryview]) -> bool:
         """Whether these are the first of the views, one at least, and nobody else had them in hand since."""

@@ -32,7 +32,7 @@ def test_released_views_are_made_anew_once_they_are_forgotten() -> None:
     rows = rows_of(b"ab")
     rows.views()[0].release()
     rows.forget()
-    assert rows.hold([2])
+    assert not rows.hold([2]), "how long they are is known still"
     assert rows.views() == [b"ab"]
 
 
