@@ -3,6 +3,8 @@
 SQLite takes a database without its -wal, or one that was cut or brought back from a copy, for a whole one, only older;
 its chain verifies. Acting on it would bring the host to what was wanted then. The file is written after each commit and
 never synced: a crash of the process loses nothing of it, a power failure may leave it behind the log, but never ahead.
+What a start finds in the log may never have been synced, if a kill came in the middle of its commit: it is no reason to
+write the file.
 So a log that does not hold the event it names has lost it; and a file that says nothing proves nothing. No method
 raises: without the file, everything goes on as if it were new.
 """

@@ -207,7 +207,6 @@ class LogWriter:
             self._connection.close()
             raise TunledgerError(ErrorCode.LOG_CORRUPT, headfile.cut_off(self._path, known[0], self._position))
         allocate_index(self._path)
-        self._headfile.write(self._position, self._head)
         self._frames = self._frames_there()
         self._probe()
         self._thread.start()

@@ -259,7 +259,9 @@ class Judge:
             if digest not in self._databases:
                 self._databases[digest] = examined(path, self.recording.hashes)
             found = self._databases[digest]
-            lost = headfile.problem(path, lambda at: self._mark(at, found), 0) if isinstance(found, Found) else None
+            lost = None
+            if isinstance(found, Found):
+                lost = headfile.problem(path, lambda at: self._mark(at, found), found.head or 0)
         except (TunledgerError, sa.exc.SQLAlchemyError) as error:
             return f"{type(error).__name__}: {error}"
         return lost or found

@@ -73,11 +73,18 @@ def _whole(value: Any) -> Any:
         case float() if value.is_integer():
             return int(value)
         case dict():
-            return {key: _whole(each) for key, each in value.items()}
+            return {key: _distinct(_whole(each)) if key == "addresses" else _whole(each) for key, each in value.items()}
         case list():
             return [_whole(each) for each in value]
         case _:
             return value
+
+
+def _distinct(addresses: Any) -> Any:
+    """Each address once, whatever its prefix: the document has that in words only."""
+    if not isinstance(addresses, list) or not all(isinstance(each, str) for each in addresses):
+        return addresses
+    return list({each.partition("/")[0]: each for each in addresses}.values())
 
 
 def _sound(case: Any, location: ParameterLocation) -> bool:

@@ -30,11 +30,20 @@ def written(path: Path, open_log: OpenLog) -> Path:
 
 
 def test_it_names_the_last_event_when_its_caller_hears_of_it(path: Path, log: Log) -> None:
-    assert headfile.read(path) == (0, "0" * 64)
+    assert headfile.read(path) is None
     for number in range(5):
         (recorded,) = log.append(draft(note(number)))
         assert headfile.read(path) == (recorded.position, recorded.hash)
     assert stat.S_IMODE(headfile.path_of(path).stat().st_mode) == 0o600
+
+
+def test_a_start_names_nothing_that_it_only_found(written: Path, open_log: OpenLog) -> None:
+    """It may be of a commit that a kill cut off before it was synced: after a power failure it is not there."""
+    headfile.path_of(written).unlink()
+    log = open_log()
+    assert headfile.read(written) is None
+    (recorded,) = log.append(draft(note()))
+    assert headfile.read(written) == (recorded.position, recorded.hash)
 
 
 def test_a_log_that_holds_what_it_is_known_to_hold_is_not_accused(written: Path, open_log: OpenLog) -> None:
