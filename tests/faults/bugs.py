@@ -241,6 +241,34 @@ BUGS = (
         "            pass\n",
         "tests/dataplane/test_crashes.py::test_a_stage_is_left_out_after_its_crash_until_the_chain_changes",
     ),
+    Bug(
+        "a start remembers an event that may never have been synced",
+        "service/store/writer.py",
+        "        allocate_index(self._path)\n",
+        "        allocate_index(self._path)\n        self._headfile.write(self._position, self._head)\n",
+        "tests/store/test_headfile.py::test_a_start_names_nothing_that_it_only_found",
+    ),
+    Bug(
+        "a worker's ring may do whatever the kernel can",
+        "service/dataplane/ring.py",
+        "            self._restrict()\n",
+        "            self._call(_REGISTER, self._fd, _REGISTER_ENABLE_RINGS)\n",
+        "tests/dataplane/test_ring.py::test_it_can_read_and_write_and_nothing_else",
+    ),
+    Bug(
+        "packets that another chain had in hand are written as if they were as they were read",
+        "service/packet/rows.py",
+        "        return same(packets, self._views)\n",
+        "        return True\n",
+        "tests/dataplane/test_ring.py::test_what_is_no_longer_in_the_rows_is_written_all_the_same",
+    ),
+    Bug(
+        "a repair counts what a sample has counted already",
+        "service/reconcile/counting.py",
+        "        return [self.book.take_last(reading) for reading in readings]\n",
+        "        return [self.book.take(reading) for reading in readings]\n",
+        "tests/reconcile/test_engine.py::test_a_sample_between_a_look_and_its_repair_is_not_counted_twice",
+    ),
 )
 
 
