@@ -162,8 +162,10 @@ class WorkerProcess:
                 try:
                     self._control.settimeout(max(0.001, deadline - time.monotonic()))
                     data, returned, _, _ = socket.recv_fds(self._control, MESSAGE_MAX_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
-                except TimeoutError:
-                    raise NoAnswerError from None
+                except ConnectionError:
+                    raise
+                except OSError as error:  # not in time, or no memory for it: it was asked all the same
+                    raise NoAnswerError from error
                 if not data:
                     raise PeerGoneError
                 reply = decode_reply(data)

@@ -1,6 +1,7 @@
 """The supervisor and real workers, on sockets in place of devices: they are as readable, and take any bytes."""
 
 import contextlib
+import errno
 import itertools
 import os
 import random
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -314,6 +316,31 @@ def test_a_stopped_worker_times_out_and_lets_go_by_dying(
     assert (caught.value.code, caught.value.retry) == ("worker_timeout", True)
     assert wanted.released()
     assert set(supervisor.attached()) == set()
+
+
+def test_a_worker_whose_answer_cannot_be_read_lets_go_by_dying(
+    start_supervisor: StartSupervisor, feed: MakeFeed, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was asked all the same, and has what it was given: else the device would be busy for ever."""
+    supervisor = start_supervisor()
+    wanted, again = feed(), feed()
+    receive, failed = socket.recv_fds, list[int]()
+
+    def without_memory(*arguments: Any) -> Any:
+        if not failed:
+            failed.append(errno.ENOMEM)
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return receive(*arguments)
+
+    monkeypatch.setattr(socket, "recv_fds", without_memory)
+    with pytest.raises(DataplaneError) as caught:
+        supervisor.attach("wanted", wanted.fd, mode="tun")
+    assert failed
+    assert caught.value.retry
+    assert wanted.released()
+    until(lambda: supervisor.healthy() == [])
+    supervisor.attach("wanted", again.fd, mode="tun")
+    assert set(supervisor.attached()) == {"wanted"}
 
 
 def test_a_worker_that_was_only_paused_goes_on(
