@@ -1,10 +1,11 @@
 """The API while a worker has all it can do: does packets' work slow commands down?
 
-A real service on two cores. The worker has one for itself and gets a tenth more packets than it can read, so that the
-sender, on the other core, leaves some of it to the service. A client asks one thing after the other, with a pause
-between: without, service and client together take a core's time, and it would be the worker that is held up. Idle and
-loaded take turns. Beside it the sender alone, into a device that nobody reads, and the same load with a C reader in the
-worker's place: what any sender and any reader would cost.
+A real service on two cores. The worker has one for itself and gets a tenth more packets than it can read. What sends
+and what asks is not what is measured: the sender, on the other core, has what of it the service leaves (nice 19), and
+the client a processor whenever it wants one. It asks one thing after the other, with a pause between: without, service
+and client together take a core's time, and it would be the worker that is held up. Idle and loaded take turns. Beside
+it the sender alone, into a device that nobody reads, and the same load with a C reader in the worker's place: what any
+sender and any reader would cost.
 """
 
 import http.client
@@ -86,7 +87,8 @@ def _sending(command: Sequence[str] | None) -> Iterator[None]:
     if command is None:
         yield
         return
-    with running(command, SENDER_CPU):
+    with running(command, SENDER_CPU) as sender:
+        os.setpriority(os.PRIO_PROCESS, sender.pid, 19)
         sleep(0.1)
         yield
 
