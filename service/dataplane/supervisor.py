@@ -12,7 +12,6 @@ Theory of operation. The tables are the `roster`'s, under one lock. Three kinds 
 """
 
 import contextlib
-import os
 import sys
 import time
 import uuid
@@ -42,7 +41,13 @@ from service.dataplane.telling import Telling, WorkerExit
 from service.dataplane.watcher import STOP_TIMEOUT_S, Watcher
 from service.dataplane.wire import Detach, Feed, Request
 from service.dataplane.work import COUNT_ONLY, StageSetup, Work, targets
-from service.dataplane.worker_process import NoAnswerError, NotAskedError, PeerGoneError, WorkerProcess
+from service.dataplane.worker_process import (
+    NoAnswerError,
+    NotAskedError,
+    PeerGoneError,
+    WorkerProcess,
+    close_everywhere,
+)
 
 START_TIMEOUT_S: Final = 10.0
 PING_TIMEOUT_S: Final = 0.5
@@ -146,7 +151,7 @@ class Supervisor:
         a device that it exchanges packets with for `REQUEST_TIMEOUT_S`; `worker_full`; `attach_refused` with the
         kernel's reason; `stage_refused` with the processor's; `processor_crashed` while one that crashed again and
         again has to wait; and, worth another try, `no_worker`, `worker_gone` or `worker_timeout`, the last after
-        `REQUEST_TIMEOUT_S`. After an error no worker holds the device. Source: unix(7), SCM_RIGHTS.
+        `REQUEST_TIMEOUT_S`. After an error nobody here holds the device. Source: unix(7), SCM_RIGHTS.
         """
         deadline = time.monotonic() + REQUEST_TIMEOUT_S
         try:
@@ -170,7 +175,7 @@ class Supervisor:
         finally:
             # An fd that was none has been reported as such already.
             with contextlib.suppress(OSError):
-                os.close(fd)
+                close_everywhere(fd)
         return attachment.session
 
     def configure(self, device: str, work: Work) -> None:

@@ -36,6 +36,9 @@ _PROGRAM: Final = (
 
 _TUN_PATH: Final = Path("/dev/net/tun")
 
+_forking: Final = threading.Lock()
+"""Of the process, as its descriptors are: held from a fork until the new program has none of them but its own."""
+
 _WORDS_BYTES: Final = 65_536
 """Read at once of what a worker says on its standard error."""
 
@@ -116,18 +119,19 @@ class WorkerProcess:
                 inherited.append(lines_fd)
             numbers = (os.getpid(), index, control.fileno(), memory, box, self.notice, lines_fd, packets_per_s or 0)
             others = json.dumps([sys.path if custom else [], custom or {}, io_uring])
-            self._process = subprocess.Popen(
-                [python, "-I", "-S", "-c", _PROGRAM, str(_ROOT), *map(str, numbers), others],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=words,  # a traceback is for the service's log, in its form
-                close_fds=True,
-                pass_fds=inherited,
-                start_new_session=True,
-                cwd="/",
-                # The environment may hold secrets of the service; the interpreter may need its libraries.
-                env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
-            )
+            with _forking:
+                self._process = subprocess.Popen(
+                    [python, "-I", "-S", "-c", _PROGRAM, str(_ROOT), *map(str, numbers), others],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=words,  # a traceback is for the service's log, in its form
+                    close_fds=True,
+                    pass_fds=inherited,
+                    start_new_session=True,
+                    cwd="/",
+                    # The environment may hold secrets of the service; the interpreter may need its libraries.
+                    env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
+                )
             self.pid: Final = self._process.pid
             self.pidfd: Final = os.pidfd_open(self.pid)
             ours.pop_all()
@@ -276,6 +280,16 @@ class WorkerProcess:
         os.close(self.notice)
         os.close(self.words)
         return f"exit {code}" if code >= 0 else f"signal {_signal_name(-code)}"
+
+
+def close_everywhere(fd: int) -> None:
+    """Close a descriptor so that no worker that is just being started has it either.
+
+    Between its fork and its exec a process has a copy of all descriptors, `O_CLOEXEC` or not: for some milliseconds a
+    device would go on being busy that nobody holds. Raises OSError as close(2).
+    """
+    with _forking:
+        os.close(fd)
 
 
 def _pair(ours: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
