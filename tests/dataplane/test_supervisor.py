@@ -7,9 +7,12 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from service.dataplane.posts import RESPAWN_MAX_S, respawn_delay_s
 from service.dataplane.ring import open_ring
 from service.dataplane.supervisor import Supervisor
 from service.dataplane.telling import WorkerExit
-from service.dataplane.worker_process import PeerGoneError, WorkerProcess
+from service.dataplane.worker_process import PeerGoneError, WorkerProcess, close_everywhere
 from service.packet.classify import CLASSES, classify
 from tests.dataplane.conftest import Observed, StartSupervisor, Until
 
@@ -341,6 +344,43 @@ def test_a_worker_whose_answer_cannot_be_read_lets_go_by_dying(
     until(lambda: supervisor.healthy() == [])
     supervisor.attach("wanted", again.fd, mode="tun")
     assert set(supervisor.attached()) == {"wanted"}
+
+
+def test_what_is_closed_is_not_left_with_a_worker_that_is_just_being_started(
+    feed: MakeFeed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its fork and its exec it has a copy of every descriptor: the device would be busy a while longer."""
+    wanted = feed()
+    (forked, say), (may, let) = os.pipe(), os.pipe()
+    popen, started, released = subprocess.Popen, list[WorkerProcess](), list[bool]()
+
+    def held_up() -> None:
+        os.write(say, b"!")
+        os.read(may, 1)
+
+    def close() -> None:
+        close_everywhere(wanted.fd)
+        released.append(wanted.released())
+
+    monkeypatch.setattr(subprocess, "Popen", partial(popen, preexec_fn=held_up))
+    python = sys.executable
+    starter = threading.Thread(
+        target=lambda: started.append(WorkerProcess(0, python=python, slots=1, packets_per_s=None))
+    )
+    closer = threading.Thread(target=close)
+    starter.start()
+    os.read(forked, 1)
+    closer.start()
+    closer.join(0.2)
+    os.write(let, b"!")
+    closer.join(10)
+    starter.join(10)
+    for worker in started:
+        worker.kill()
+        worker.reap()
+    for fd in (forked, say, may, let):
+        os.close(fd)
+    assert released == [True]
 
 
 def test_a_worker_that_was_only_paused_goes_on(
