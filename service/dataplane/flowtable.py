@@ -167,11 +167,9 @@ class FlowTableWriter:
         self._stamp = stamp = self._stamp + 1
         _ROW.pack_into(self._memory, self._rows_at + row * _ROW.size, stamp, flow, *figures, stamp)
 
-    def write_head(self, number: int, time_ns: int, to_kernel: bool, packet: memoryview) -> None:
+    def write_head(self, number: int, time_ns: int, to_kernel: bool, length: int, head: bytes) -> None:
         """Keep the beginning of a packet, in the place of the oldest one. `number` is above all before."""
-        length = len(packet)
         at = self._heads_at + self._kept % self._packets * _HEAD.size
-        head = bytes(packet[:HEAD_BYTES])
         kept = len(head) | (0x8000 if to_kernel else 0)
         _HEAD.pack_into(self._memory, at, number, time_ns, length, kept, 0, head, number)
         self._kept += 1

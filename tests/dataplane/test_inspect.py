@@ -181,6 +181,7 @@ def test_under_load_the_ring_holds_the_latest_and_says_what_is_missing() -> None
     with inspecting(packets=4) as (stage, reader, _):
         for number in range(0, 60, 10):
             run(stage, [udp(1, 2, size) for size in range(number, number + 10)], time_ns=WINDOW_NS + number)
+        stage.tick(WINDOW_NS + 60)
         assert [head.length - 28 for head in reader.packets()] == [48, 49, 58, 59]
         assert [head.number for head in reader.packets()] == [49, 50, 59, 60]
         run(stage, [udp(1, 2, size) for size in range(10)], time_ns=3 * WINDOW_NS)

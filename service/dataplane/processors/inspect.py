@@ -9,12 +9,12 @@ the memory. So the service sees everything at most a second late, and 20 times a
 first and last seen is as exact as a window is long.
 
 Of the packets themselves all are kept while few come: the first `packets` in each window. Of what comes beyond only
-the last two of each batch are: so the latest is always there, and under load the rest are samples. Their numbers say
-where some are missing.
+the last two of each batch are, until the window ends: so the latest is always there, and under load the rest are
+samples. Their numbers say where some are missing.
 """
 
 import mmap
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from struct import Struct
 from typing import Any, ClassVar, Final
@@ -23,6 +23,7 @@ from service.dataplane.contract import BOTH, Batch, Context, Direction, Processo
 from service.dataplane.flowtable import (
     CLASS_WORDS,
     FLAGS_AT,
+    HEAD_BYTES,
     PROTOCOLS_AT,
     SIZE_BINS,
     SIZES_AT,
@@ -36,8 +37,6 @@ from service.packet.vnet import VNET_HDR_BYTES
 WINDOW_NS: Final = 50_000_000
 WINDOW_PACKETS: Final = 1 << 16
 """Packets summed before a window ends early; it bounds the entries, and how long folding them takes."""
-LAST_KEPT: Final = 2
-"""Packets of a batch that are kept whatever came before them in the window."""
 
 try:
     from collections import _count_elements  # type: ignore[attr-defined]  # Counter.update's loop, in C
@@ -84,6 +83,8 @@ class Inspect(Processor):
         self._window_ends = 0
         self._last_ns = 0
         self._may_keep = self._keep
+        self._beside: Final[deque[tuple[int, int, bool, int, bytes]]] = deque(maxlen=self._keep)
+        """What is kept of the packets beyond those that may be, as `FlowTableWriter.write_head` takes it."""
         # Of all time: flow -> [row, the nine figures of a row], least recently seen first.
         self._rows: Final[OrderedDict[bytes, list[int]]] = OrderedDict()
         self._seen = 0
@@ -132,15 +133,21 @@ class Inspect(Processor):
         self._mapped.close()
 
     def _keep_heads(self, packets: list[memoryview], now_ns: int, to_kernel: bool) -> None:
-        few = self._may_keep or LAST_KEPT
-        start = 0
-        if few < len(packets):
-            if not self._may_keep:
-                start = len(packets) - few
-            packets = packets[start : start + few]
-        for number, packet in enumerate(packets, self._seen + start + 1):
-            self._table.write_head(number, now_ns, to_kernel, packet)
-        self._may_keep = max(0, self._may_keep - len(packets))
+        number = self._seen
+        may = self._may_keep
+        if may:
+            for packet in packets[:may]:
+                number += 1
+                self._table.write_head(number, now_ns, to_kernel, len(packet), packet[:HEAD_BYTES].tobytes())
+            self._may_keep = max(0, may - len(packets))
+            return
+        number += len(packets)
+        add = self._beside.append
+        if len(packets) > 1:
+            last = packets[-2]
+            add((number - 1, now_ns, to_kernel, len(last), last[:HEAD_BYTES].tobytes()))
+        last = packets[-1]
+        add((number, now_ns, to_kernel, len(last), last[:HEAD_BYTES].tobytes()))
 
     @staticmethod
     def _count_segments(
@@ -225,6 +232,9 @@ class Inspect(Processor):
                     row[8] += packets + more
                 if last_ns > row[6]:
                     row[6] = last_ns
+        for head in self._beside:
+            self._table.write_head(*head)
+        self._beside.clear()
         for flow, row in changed.items():
             self._table.write_row(row[0], flow, row[1:])
         self._table.publish(len(self._rows), self._evicted, self._seen, now_ns)
