@@ -112,6 +112,14 @@ class Batch:
     entries: "list[Entry] | None"
     """What the worker found when it counted the packets, one for each (`service.packet.flowkey`), for processors of
     ours; None where it has not looked, or a packet was replaced since."""
+
+    @property
+    def kind(self) -> int:
+        """The class of all packets that are left (`service.packet.classify`), for processors of ours, where all are of
+        one, are no fragments, and have neither IPv4 options, nor IPv6 extension headers, nor VLAN tags, nor anything
+        behind their end; else, or where nobody has looked, -1."""
+        return -1
+
     at: int
     """Which packet an iteration over the batch is at: what a crash is told with."""
 
@@ -165,8 +173,9 @@ class Batch:
         """The same for many at once, which costs less for each; how many the kernel took."""
         return self._answer(packets)
 
-    def answer_looked(self, packets: list[Packet], kinds: list[int]) -> int:  # noqa: ARG002 - for those who can use it
-        """The same by a processor of ours that knows the classes of the packets (`service.packet.classify`)."""
+    def answer_looked(self, packets: list[Packet], kinds: list[int] | int) -> int:  # noqa: ARG002 - for who can use it
+        """The same by a processor of ours that knows the classes of the packets (`service.packet.classify`), of each or
+        the one of all."""
         return self._answer(packets)
 
     _drop: Callable[[str, int], None]

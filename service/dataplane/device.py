@@ -19,7 +19,7 @@ from itertools import compress
 from operator import attrgetter, not_
 from typing import TYPE_CHECKING, Final
 
-from service.dataplane.blackbox import AREA, COUNT, INDEX, SERIAL, BlackBox
+from service.dataplane.blackbox import AREA, COUNT, HEADER_BYTES, INDEX, SERIAL, BlackBox
 from service.dataplane.contract import DROP_REASONS, Batch, DropReason, Mode, Packet
 from service.dataplane.device_batch import DeviceBatch
 from service.dataplane.device_io import DeviceIO
@@ -28,7 +28,7 @@ from service.dataplane.ring import Ring
 from service.dataplane.segments import is_plain, plain
 from service.dataplane.stages import Chain, run
 from service.dataplane.work import Setup
-from service.packet.flowkey import Entry, Meter
+from service.packet.flowkey import Alike, Entry, Meter
 
 if TYPE_CHECKING:
     from service.dataplane.packet_lines import PacketLines
@@ -64,11 +64,10 @@ class Port:
 
     def send(self, batch: Batch, indexes: Sequence[int] | None = None) -> int:
         """See `contract.Output.send`."""
-        packets, headers, entries = batch.packets, batch.headers, batch.entries
+        packets, headers = batch.packets, batch.headers
         if indexes is not None:
             packets = [packets[index] for index in indexes]
             headers = None if headers is None else [headers[index] for index in indexes]
-            entries = None if entries is None else [entries[index] for index in indexes]
         device = self.device
         if device is None:
             batch._drop(DropReason.NO_OUTPUT, len(packets))  # the batch's other half
@@ -76,6 +75,11 @@ class Port:
         if device.mode != batch.mode:
             batch._drop(DropReason.MODE, len(packets))
             return 0
+        if batch.kind >= 0 and not device.chain.to_kernel:
+            return device.emit(packets, headers, batch.kind, batch._drop)
+        entries = batch.entries
+        if indexes is not None and entries is not None:
+            entries = [entries[index] for index in indexes]
         return device.send(packets, headers, entries, batch._drop)
 
 
@@ -182,36 +186,40 @@ class Device:
         """
         lengths, error = self._io.read(events)
         if lengths:
-            self._hand_through(lengths)
+            left = self._hand_through(lengths)
+            if self.vnet_hdr:
+                self._io.fit(self.box.rows.octets, len(lengths), sent=not left)
         return error
 
-    def _hand_through(self, lengths: list[int]) -> None:
+    def _hand_through(self, lengths: list[int]) -> int:
+        """Return how many packets came out at the end of the chain."""
         box = self.box
         count = len(lengths)
         headers: list[Packet] | None = None
         packets = box.packets(lengths)
         if self.vnet_hdr:
             headers = box.headers(count)
-            self._io.fit(box.rows.octets, count)
-        entries, kind = self._meter.look_at_rows(packets)
-        if kind < 0:
-            self._add(self._start, list(map(_KIND_OF, entries)), lengths)
+        looked: list[Entry] | Alike
+        alike = self._meter.alike()
+        if alike is None:
+            looked = self._meter.look(packets)
+            self._add(self._start, list(map(_KIND_OF, looked)), lengths)
         else:
-            at = self._start + 2 * kind
-            self._words[at] += count
-            self._words[at + 1] += box.rows.octets
+            self._add_alike(self._start, alike.kind, count, box.rows.octets)
+            # Who may change packets that go on must not change what they were found to be.
+            looked = self._meter.look_alike(alike, packets) if self.chain.foreign else alike
         if self._lines is not None:
             for packet in packets:
                 self._lines.packet(self.name, self.mode, packet, len(packet))
         chain = self.chain.from_kernel
         if not chain:
             self._words[self._drops_at + _END_OF_CHAIN] += count
-            return
+            return count
         box_words = box.words
         box_words[SERIAL] = self.serial
         box_words[INDEX] = 0
         box_words[COUNT] = count
-        batch = DeviceBatch(self, "from_kernel", packets, headers, entries)
+        batch = DeviceBatch(self, "from_kernel", packets, headers, looked, self._meter)
         try:
             run(chain, batch, self._words, box_words)
         except BaseException as error:
@@ -223,14 +231,15 @@ class Device:
         left = len(batch.packets)
         if left:
             self._words[self._drops_at + _END_OF_CHAIN] += left
+        return left
 
     # -- out
 
-    def answer(self, packets: list[Packet], kinds: list[int] | None = None) -> int:
+    def answer(self, packets: list[Packet], kinds: list[int] | int | None = None) -> int:
         """See `Batch.answer_all` and `answer_looked`."""
         if self.chain.to_kernel:
             return self.send(packets, None, None, self.drop)
-        return self._emit(packets, None, kinds, self.drop)
+        return self.emit(packets, None, kinds, self.drop)
 
     def drop(self, reason: str, count: int) -> None:
         """Count packets that end here."""
@@ -249,12 +258,12 @@ class Device:
             if self.chain.foreign:  # what is replaced or released here is another batch's still
                 packets = [memoryview(packet) for packet in packets]
                 headers = None if headers is None else [memoryview(header) for header in headers]
-            batch = DeviceBatch(self, "to_kernel", packets, headers, entries)
+            batch = DeviceBatch(self, "to_kernel", packets, headers, entries, self._meter)
             self._run_nested(batch)
             packets, headers, entries = batch.packets, batch.headers, batch.entries
         if not packets:
             return 0
-        return self._emit(packets, headers, None if entries is None else list(map(_KIND_OF, entries)), drop)
+        return self.emit(packets, headers, None if entries is None else list(map(_KIND_OF, entries)), drop)
 
     def _run_nested(self, batch: DeviceBatch) -> None:
         """The to_kernel stages, in the middle of another device's stage."""
@@ -273,8 +282,13 @@ class Device:
             self.box.forget()
         box[SERIAL], box[AREA], box[COUNT], box[INDEX] = serial, area, count, index
 
-    def _emit(self, packets: list[Packet], headers: list[Packet] | None, kinds: list[int] | None, drop: Drop) -> int:
-        """Write packets, and count those that were taken; `kinds` are their classes, None if nobody has looked."""
+    def emit(
+        self, packets: list[Packet], headers: list[Packet] | None, kinds: list[int] | int | None, drop: Drop
+    ) -> int:
+        """Write packets past the to_kernel stages, and count those that were taken; see `send`.
+
+        `kinds` are their classes, or the one that all of them are of, or None if nobody has looked.
+        """
         if not packets:
             return 0
         if headers is not None and not self.vnet_hdr and not is_plain(headers):
@@ -283,19 +297,26 @@ class Device:
             if not packets:
                 return 0
         done = self._io.write(packets, headers)
+        if min(done) >= 0 and isinstance(kinds, int):
+            self.up = True
+            more = HEADER_BYTES * len(done) if self.vnet_hdr else 0
+            self._add_alike(self._start + DIRECTION_WORDS, kinds, len(done), sum(done) - more)
+            return len(done)
         if min(done) < 0:
             refused = [octets < 0 for octets in done]
             for error, count in Counter(compress(done, refused)).items():
                 drop(self._why(-error), count)
             taken = list(map(not_, refused))
             packets = list(compress(packets, taken))
-            if kinds is not None:
+            if isinstance(kinds, list):
                 kinds = list(compress(kinds, taken))
         if packets:
             self.up = True
-            if kinds is None:
-                kinds = list(map(_KIND_OF, self._meter.look(packets)))
-            self._add(self._start + DIRECTION_WORDS, kinds, list(map(len, packets)))
+            start = self._start + DIRECTION_WORDS
+            if isinstance(kinds, int):
+                self._add_alike(start, kinds, len(packets), sum(map(len, packets)))
+            else:
+                self._add(start, kinds or list(map(_KIND_OF, self._meter.look(packets))), list(map(len, packets)))
         return len(packets)
 
     def _why(self, error: int) -> str:
@@ -318,14 +339,18 @@ class Device:
         poll.register(self.fd, select.POLLOUT)
         self.up = any(events & select.POLLOUT for _, events in poll.poll(0))
 
+    def _add_alike(self, start: int, kind: int, count: int, octets: int) -> None:
+        at = start + 2 * kind
+        words = self._words
+        words[at] += count
+        words[at + 1] += octets
+
     def _add(self, start: int, kinds: list[int], lengths: list[int]) -> None:
         """Count packets by class; mostly they are all of one."""
-        words = self._words
         if kinds.count(kinds[0]) == len(kinds):
-            at = start + 2 * kinds[0]
-            words[at] += len(kinds)
-            words[at + 1] += sum(lengths)
+            self._add_alike(start, kinds[0], len(kinds), sum(lengths))
             return
+        words = self._words
         for kind in set(kinds):
             at = start + 2 * kind
             words[at] += kinds.count(kind)

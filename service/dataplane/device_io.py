@@ -5,7 +5,8 @@ packets, or knows why one is written; that is `device`'s.
 
 Theory of operation. A ring pays where several packets wait: to ask for some that are not there costs as well. So the
 batch before tells how many to ask for, and after a small one it is asked one by one until there is no more. What is
-written by a ring has to lie in the rows, as it does unless a stage has put something else in its place.
+written by a ring has to lie in the rows, as it does unless a stage has put something else in its place. Nor does it
+pay to read large packets with one: a call is little beside the copy then, and the kernel's side of a ring is more.
 """
 
 import errno
@@ -24,8 +25,14 @@ RING_MIN: Final = 6
 """Packets from which on a ring costs less than a call for each."""
 
 BATCH_BYTES: Final = 512 * 1024
-"""With large segments a batch ends about here: what is read has to be in the cache still when it is written, and half
-of a core's 1 MiB is room for 8 segments of 60 kB. Fewer packets would share what a batch costs, some 5 us."""
+"""With large segments a batch that is sent on ends about here: what is read has to be in the cache still when it is
+written, and half of a core's 1 MiB is room for 8 segments of 60 kB. What a batch costs is some 20 us."""
+
+BATCH_BYTES_READ: Final = 2 * BATCH_BYTES
+"""And one that is only looked at here: only the headers have to be in the cache. Twice as many cost more again."""
+
+LARGE: Final = 4096
+"""Octets of a packet, of those of a batch, from which on they are read one by one."""
 
 BATCH_MIN: Final = 4
 
@@ -53,6 +60,7 @@ class DeviceIO:
         self._buffers = self._whole  # what the next batch is read into
         self._reads: Reads | None = None
         self._came = 0  # packets in the last batch
+        self._large = False  # whether they were
 
     # -- in
 
@@ -64,7 +72,7 @@ class DeviceIO:
         """
         asked, error = len(self._buffers), 0
         lengths: list[int] = []
-        if self._came >= RING_MIN and self._ring is not None:
+        if self._came >= RING_MIN and not self._large and self._ring is not None:
             asked = min(asked, 2 * self._came)
             lengths, error = self._read_at_once(self._ring, asked)
         if not lengths and not error:
@@ -110,12 +118,14 @@ class DeviceIO:
             return errno.ENODEV  # being unregistered (tun.c, tun_chr_poll)
         return errno.EPIPE if length == 0 else 0  # the end of a socket; a TUN has none
 
-    def fit(self, octets: int, count: int) -> None:
-        """Have the next batch end at about `BATCH_BYTES`, if its packets are as large as those of this one."""
+    def fit(self, octets: int, count: int, *, sent: bool) -> None:
+        """Have the next batch end where it should, if it is like this one: so large, and sent on or only looked at."""
+        self._large = octets > LARGE * count
+        wanted = BATCH_BYTES if sent else BATCH_BYTES_READ
         most = len(self._buffers)
-        if octets > BATCH_BYTES and most > BATCH_MIN:
+        if octets > wanted and most > BATCH_MIN:
             self._buffers = self._whole[: most // 2]
-        elif most < BATCH_MAX and count == most and octets < BATCH_BYTES // 2:
+        elif most < BATCH_MAX and count == most and octets <= wanted // 2:
             self._buffers = self._whole[: most * 2]
 
     # -- out

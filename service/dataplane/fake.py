@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from service.dataplane.contract import Batch, Direction, Mode, Processor
-from service.packet.flowkey import Entry, Meter
+from service.packet.flowkey import ROWS_MIN, Entry, Meter
+from service.packet.rows import Rows
 
 _MARGIN: Final = b"\xa5" * 16
 
@@ -79,7 +80,7 @@ class FakeContext:
 class FakeBatch(Batch):
     """A batch that keeps what was answered and dropped, its packets side by side with margins between them."""
 
-    __slots__ = ("_buffer", "_edges", "answered", "dropped", "entries", "takes_answers")
+    __slots__ = ("_buffer", "_edges", "_kind", "answered", "dropped", "entries", "takes_answers")
 
     def __init__(
         self, packets: Sequence[bytes], mode: Mode = "tun", direction: Direction = "from_kernel", time_ns: int = 1,
@@ -103,6 +104,7 @@ class FakeBatch(Batch):
         self.time_ns = time_ns
         self.at = 0
         self.entries: list[Entry] | None = None
+        self._kind = -1
         self.answered: list[bytes] = []
         self.dropped: Counter[str] = Counter()
         self.takes_answers = True
@@ -110,9 +112,23 @@ class FakeBatch(Batch):
         self._drop = self._count
         self._answer = self._keep_answer
 
+    @property
+    def kind(self) -> int:
+        """See `contract.Batch.kind`; -1 before `look`."""
+        return self._kind
+
     def look(self) -> None:
-        """Have `entries`, as a worker that has counted the packets; without, a processor has to look by itself."""
+        """Have `entries` and `kind`, as a worker that has counted the packets; without, a processor has to look."""
         self.entries = Meter(self.mode).look(self.packets)
+        if self.packets:
+            many = self.packets * ROWS_MIN  # so few would not be looked at at once
+            stride = max(map(len, many)) + 64 & ~1
+            rows = Rows(memoryview(bytearray(stride * len(many))), stride, len(many))
+            for place, packet in zip(rows.places, many, strict=True):
+                place[: len(packet)] = packet
+            rows.hold(list(map(len, many)))
+            alike = Meter(self.mode, rows=rows).alike()
+            self._kind = -1 if alike is None else alike.kind
 
     def left(self) -> list[bytes]:
         """Copies of the packets that go on to the next stage."""

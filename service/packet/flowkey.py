@@ -14,8 +14,9 @@ bounded: when it is full it is emptied, and every flow pays once more.
 
 Under load a batch is mostly of one kind: one IP version, one protocol, nothing behind the packets' ends. Where the
 batch lies in `Rows` that is seen in a few comparisons of octets for all packets at once, each of which says of all
-packets what `look` asks of one; then all keys are fetched at once and looked up in the same memo (`look_at_rows`). A
-batch that is not of one kind is looked at packet by packet.
+packets what `classify` asks of one (`alike`). That is enough to count them. Only where somebody asks for the entries,
+all keys are fetched at once and looked up in the same memo (`look_alike`). A batch that is not of one kind is looked at
+packet by packet.
 
 A flow, as a key of 40 octets (`flow_ends` takes it apart), is the same in both directions: version, protocol, and
 both ends, the lower one first. Its ports are TCP's and UDP's own; for ICMP and ICMPv6 echo both are the identifier,
@@ -26,7 +27,6 @@ difference.
 
 import struct
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any, Final, Literal, NamedTuple
 
 from service.packet.classify import CLASSES, FIRST_MALFORMED, classify, classify_frame
@@ -197,18 +197,18 @@ def _facts(packet: Octets, mode: Literal["tun", "tap"]) -> _Facts:
     return kind, flow, False, flow_protocol, flags, least
 
 
-_LEAST_OF: Final = attrgetter("least")
-_TCP_HEADER_MAX: Final = 60
 _NO_FRAGMENT: Final = (b"\x00\x00", b"\x40\x00")
 
 
-class _Kind(NamedTuple):
-    """What the packets of a batch may all be."""
+class Alike(NamedTuple):
+    """What the packets of a batch all are."""
 
     kind: int
-    """Their class."""
+    """Their class, as `Entry.kind`."""
+    protocol: int
+    """What IP carries."""
     upper: int
-    """Octets that IP carries at the least."""
+    """Octets that it carries at the least."""
     key: str
     """What is fetched of each to be looked up in the memo."""
 
@@ -216,7 +216,7 @@ class _Kind(NamedTuple):
 class _Version:
     """Where the fields of an IP version lie in `rows`, and what the packets of a batch may be, by protocol."""
 
-    __slots__ = ("above", "ethertype", "flags", "header", "kinds", "protocol", "size", "total", "type")
+    __slots__ = ("above", "ethertype", "flags", "header", "kinds", "offset", "protocol", "size", "total", "type")
 
     def __init__(self, rows: Rows, version: Literal[4, 6], at: int) -> None:
         """`at` is where the IP header begins; if that is 14, an Ethernet header is in front of it."""
@@ -231,11 +231,17 @@ class _Version:
         self.flags: Final = rows.column(at + 6, 2) if version == 4 else None
         self.protocol: Final = rows.column(at + (9 if version == 4 else 6), 1)
         self.size: Final = rows.column(self.header + 4, 2)
+        """The length in a UDP header."""
+        self.offset: Final = rows.column(self.header + 12, 1)
+        """The octet of a TCP header that the data offset is in."""
         start = f"{self.header + 4 - ends}x"
         self.kinds: Final = {
-            17: _Kind(CLASSES.index(f"{name}.udp"), 8, f"{start}{ends}s"),
-            6: _Kind(CLASSES.index(f"{name}.tcp"), 20, f"{start}{ends}s8xH"),
-            1 if version == 4 else 58: _Kind(CLASSES.index(f"{name}.{icmp}"), 8, f"{start}{ends - 3}s3xH"),
+            alike.protocol: alike
+            for alike in (
+                Alike(CLASSES.index(f"{name}.udp"), 17, 8, f"{start}{ends}s"),
+                Alike(CLASSES.index(f"{name}.tcp"), 6, 20, f"{start}{ends}s8xH"),
+                Alike(CLASSES.index(f"{name}.{icmp}"), 1 if version == 4 else 58, 8, f"{start}{ends - 3}s3xH"),
+            )
         }
 
 
@@ -247,7 +253,7 @@ class Meter:
     )  # fmt: skip
 
     def __init__(self, mode: Literal["tun", "tap"], entries_max: int = ENTRIES_MAX, rows: Rows | None = None) -> None:
-        """`rows` is what `look_at_rows` looks at."""
+        """`rows` is what `alike` and `look_alike` look at."""
         self._mode: Final = mode
         self._most: Final = entries_max
         self._room = entries_max  # looks that the memo did not know, until it is emptied
@@ -271,61 +277,66 @@ class Meter:
         """Entries that are remembered."""
         return len(self._udp) + len(self._tcp) + len(self._icmp) + len(self._entries)
 
-    def look_at_rows(self, packets: Sequence[memoryview]) -> tuple[list[Entry], int]:
-        """Look at the packets that the rows hold, given as views, too.
+    def alike(self) -> Alike | None:
+        """What all packets are that the rows hold; None if they may differ, or it costs less to look at each.
 
-        Returns what `look` would, and the class that all of them are of, or -1: they may be of several.
-        """
-        if len(packets) >= ROWS_MIN:
-            found = self._look_at_all()
-            if found is not None:
-                entries, kind = found
-                if not all(entries):  # those that the memo did not know
-                    new = [index for index, entry in enumerate(entries) if entry is None]
-                    for index, entry in zip(new, self.look([packets[index] for index in new]), strict=True):
-                        entries[index] = entry
-                    kind = -1
-                return entries, kind
-        return self.look(packets), -1
-
-    def _look_at_all(self) -> tuple[list[Any], int] | None:
-        """What the memo knows of the packets, None for what it does not, and their class; None if they may differ.
-
-        What is compared here is what `look` compares. A column has all places' octets: those behind the batch are old.
+        Compared is what `classify` compares, so that the class is right whether the memo knows the packets or not.
         """
         rows = self._rows
         assert rows is not None
         count = len(rows.lengths)
-        first = self._first.tobytes()[:count]
+        if count < ROWS_MIN:
+            return None
+        first = self._first[:count].tobytes()
         version = self._versions.get(first[0])
         if version is None or first.count(first[0]) != count:
             return None
-        if version.total.tobytes()[: 2 * count] != rows.words(version.above):
+        if version.total[:count].tobytes() != rows.words(version.above):
             return None
-        if version.type is not None and version.type.tobytes()[: 2 * count] != version.ethertype * count:
+        if version.type is not None and version.type[:count].tobytes() != version.ethertype * count:
             return None
         if version.flags is not None:
-            flags = version.flags.tobytes()[: 2 * count]
+            flags = version.flags[:count].tobytes()
             if flags[:2] not in _NO_FRAGMENT or flags != flags[:2] * count:
                 return None
-        protocols = version.protocol.tobytes()[:count]
+        protocols = version.protocol[:count].tobytes()
         protocol = protocols[0]
-        kind = version.kinds.get(protocol)
-        if kind is None or protocols.count(protocol) != count or rows.least < version.header + kind.upper:
-            return None
-        keys = rows.fields(kind.key)
-        if protocol == 17:
-            if version.size.tobytes()[: 2 * count] != rows.words(version.header):
-                return None
-            return list(map(self._udp.get, keys)), kind.kind
-        pairs = zip(keys[::2], keys[1::2], strict=True)
-        if protocol != 6:
-            return list(map(self._icmp.get, pairs)), kind.kind
-        entries = list(map(self._tcp.get, pairs))
+        found = version.kinds.get(protocol)
         room = rows.least - version.header
-        if room < _TCP_HEADER_MAX and max(map(_LEAST_OF, filter(None, entries)), default=0) > room:
+        if found is None or protocols.count(protocol) != count or room < found.upper:
             return None
-        return entries, kind.kind
+        if protocol == 17:
+            if version.size[:count].tobytes() != rows.words(version.header):
+                return None
+        elif protocol == 6:
+            offsets = version.offset[:count].tobytes()
+            if min(offsets) < 5 << 4 or (max(offsets) >> 4) * 4 > room:
+                return None
+        return found
+
+    def look_alike(
+        self, alike: Alike, packets: Sequence[memoryview], places: Sequence[int] | None = None
+    ) -> list[Entry]:
+        """What `look` says of packets in the rows, all of them or those at `places`, which are given as views, too.
+
+        `alike` is what they were found to be since they were read.
+        """
+        rows = self._rows
+        assert rows is not None
+        keys = rows.fields(alike.key)
+        entries: list[Any]
+        if alike.protocol == 17:
+            entries = list(map(self._udp.get, keys))
+        else:
+            memo = self._tcp if alike.protocol == 6 else self._icmp
+            entries = list(map(memo.get, zip(keys[::2], keys[1::2], strict=True)))
+        if places is not None:
+            entries = [entries[place] for place in places]
+        if not all(entries):  # those that the memo did not know
+            new = [index for index, entry in enumerate(entries) if entry is None]
+            for index, entry in zip(new, self.look([packets[index] for index in new]), strict=True):
+                entries[index] = entry
+        return entries
 
     def _look_at_packets(self, packets: Sequence[memoryview]) -> list[Entry]:
         udp, tcp, icmp = self._udp.get, self._tcp.get, self._icmp.get

@@ -5,8 +5,10 @@ field means, and which fields there are, `flowkey` knows; who reads into the mem
 
 Theory of operation. A memoryview with a step is a field of every packet (`column`), and its octets, side by side, can
 be compared with those that are expected in one memcmp. A struct whose padding is the stride takes keys out of all
-packets in one call (`fields`). Batches under load mostly have the lengths of the batch before them: views, sums and
-expected octets are made when the lengths change, and kept until then.
+packets in one call (`fields`). Only the packets' own places are touched: a place is a page or more, so that the header
+of a packet that is not there would cost as much as that of one that is. Batches under load mostly have the lengths of
+the batch before them: views, sums and expected octets are made when the lengths change, and kept until then. Views of
+packets of one length outlast that, because two devices by turns (a transfer and its acknowledgements) change it always.
 """
 
 import struct
@@ -15,6 +17,9 @@ from array import array
 from itertools import repeat
 from operator import sub
 from typing import Any, Final, Literal
+
+_UNIFORM_MAX: Final = 16
+"""Lengths of which views are kept."""
 
 
 class Rows:
@@ -26,6 +31,7 @@ class Rows:
         "_sizes",
         "_stride",
         "_structs",
+        "_uniform",
         "_views",
         "_words",
         "least",
@@ -42,6 +48,7 @@ class Rows:
         self.places: Final = [memory[start : start + stride] for start in range(0, stride * most, stride)]
         self._structs: Final[dict[tuple[str, int], struct.Struct]] = {}
         self._views: list[memoryview] = []
+        self._uniform: Final[dict[int, list[memoryview]]] = {}
         self._words: dict[int, bytes | None] = {}
         self._sizes: dict[tuple[int, int], array[int]] = {}
         self.lengths: list[int] = []
@@ -56,8 +63,11 @@ class Rows:
         if lengths == self.lengths:
             return False
         self.lengths = lengths
-        self.least = min(lengths)
-        self.octets = sum(lengths)
+        first, count = lengths[0], len(lengths)
+        if lengths.count(first) == count:
+            self.least, self.octets = first, first * count
+        else:
+            self.least, self.octets = min(lengths), sum(lengths)
         self._words = {}
         self._sizes = {}
         self._views = []
@@ -66,30 +76,45 @@ class Rows:
     def forget(self) -> None:
         """The views may be of no use any more: somebody else had them in hand."""
         self._views = []
+        self._uniform.clear()
 
     def views(self) -> list[memoryview]:
         """The packets, in a list of the caller's own."""
         if not self._views:
             self._make_views()
-        return self._views[:]
+        return self._views[: len(self.lengths)]
 
     def _make_views(self) -> None:
-        lengths = self.lengths
-        if self.octets == self.least * len(lengths):  # all the same
-            whole = slice(self.least)
-            self._views = [place[whole] for place in self.places[: len(lengths)]]
-        else:
-            self._views = [place[:length] for place, length in zip(self.places, lengths, strict=False)]
+        lengths, length = self.lengths, self.least
+        if not self.uniform:
+            self._views = [place[:each] for place, each in zip(self.places, lengths, strict=False)]
+            return
+        views = self._uniform.get(length)
+        if views is None:
+            if len(self._uniform) == _UNIFORM_MAX:
+                self._uniform.clear()
+            views = self._uniform[length] = []
+        views += [place[:length] for place in self.places[len(views) : len(lengths)]]
+        self._views = views
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all packets are of one length, `least`."""
+        return self.octets == self.least * len(self.lengths)
 
     def holds(self, packets: list[memoryview]) -> bool:
         """Whether these are the first of the views, one at least, and nobody else had them in hand since."""
-        return same(packets, self._views)
+        return same(packets, self._views) and len(packets) <= len(self.lengths)
 
     def sizes(self, count: int, more: int) -> "array[int]":
         """The first so many lengths, each and so many octets more (format "I")."""
         found = self._sizes.get((count, more))
         if found is None:
-            found = self._sizes[count, more] = array("I", [length + more for length in self.lengths[:count]])
+            if self.uniform:
+                found = array("I", [self.least + more]) * count
+            else:
+                found = array("I", [length + more for length in self.lengths[:count]])
+            self._sizes[count, more] = found
         return found
 
     def words(self, less: int) -> bytes | None:
@@ -101,6 +126,9 @@ class Rows:
             return found
 
     def _make_words(self, less: int) -> bytes | None:
+        if self.uniform:
+            each = self.least - less
+            return each.to_bytes(2, "big") * len(self.lengths) if 0 <= each <= 0xFFFF else None
         if self.least < less or max(self.lengths) - less > 0xFFFF:
             return None
         words = array("H", map(sub, self.lengths, repeat(less)))

@@ -45,6 +45,38 @@ def test_an_echo_request_becomes_the_reply_that_would_be_built(
     assert context.counted == {"answered_icmp" if len(source) == 4 else "answered_icmpv6": 1}
 
 
+some_ends = st.sampled_from(
+    ((HOST, LAB), (HOST, HOST), (HOST, bytes([192, 0, 2, 1])), (HOST, BROADCAST[:4]), (HOST, bytes([198, 51, 100, 0])))
+) | st.sampled_from(((HOST6, LAB6), (LAB6, HOST6), (HOST6, HOST6), (HOST6, bytes(16))))
+
+
+def echo(ends: tuple[bytes, bytes], identifier: int, data: bytes, reply: bool) -> bytes:
+    return build.echo(ends[0], ends[1], identifier, 1, data, reply=reply)
+
+
+echoes = st.builds(
+    echo, some_ends, st.sampled_from((0, 7, 0xFFFF)), st.sampled_from((b"", b"\xff\xff", b"abc")), st.booleans(),
+)  # fmt: skip
+
+
+@given(st.lists(echoes, min_size=1, max_size=12), st.sampled_from((0x45, 0x60)), st.booleans())
+def test_what_the_worker_found_of_all_changes_no_answer(packets: list[bytes], first: int, mixed: bool) -> None:
+    packets = packets if mixed else [packet for packet in packets if packet[0] == first]
+    outcomes = []
+    kinds = set()
+    for looked in (False, True):
+        reply, context = stage()
+        batch = FakeBatch(packets)
+        if looked:
+            batch.look()
+        kinds.add(batch.kind)
+        reply.process(batch)
+        assert batch.is_whole()
+        outcomes.append((batch.answered, batch.left(), context.counted))
+    assert outcomes[0] == outcomes[1]
+    assert len(kinds) == (2 if len({packet[0] for packet in packets}) == 1 else 1)
+
+
 def test_a_request_of_zeros_gets_a_checksum_that_linux_takes() -> None:
     """Its reply sums to 0: a checksum of 0 over all zeros is the one that verifies as wrong."""
     reply, _ = stage()

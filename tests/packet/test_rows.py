@@ -21,7 +21,7 @@ def test_views_are_kept_while_lengths_repeat_and_no_longer() -> None:
     first.clear()  # the list is the caller's
     assert not rows.hold([2, 4])
     assert rows.views() == [b"ab", b"cdef"]
-    for lengths in ([4, 2], [4], [3, 3], [3, 3, 3], [0, 3]):
+    for lengths in ([4, 2], [4], [3, 3], [3, 3, 3], [3], [0, 3], [3, 3]):
         assert rows.hold(list(lengths))
         assert list(map(len, rows.views())) == lengths
         assert (rows.least, rows.octets) == (min(lengths), sum(lengths))

@@ -22,10 +22,10 @@ The source may be in `networks`, as the host's own address mostly is. Replies ar
 
 import ipaddress
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from operator import attrgetter
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, NamedTuple
 
 from service.dataplane.contract import Batch, Context, Processor
 from service.packet.build import ARP_REPLY, ARP_REQUEST, arp, ethernet, neighbour_advertisement
@@ -37,11 +37,33 @@ from service.packet.segment import CannotCut, finish
 # Of a request: total length, flags to protocol (IPv6: next header), both addresses, type and code, checksum.
 _IPV4: Final = struct.Struct("!2xH2xI2x8sHH").unpack_from
 _IPV6: Final = struct.Struct("!4xHBx32sHH").unpack_from
-_TURNED_IPV4: Final = struct.Struct("!8sHH").pack_into
-_TURNED_IPV6: Final = struct.Struct("!32sHH").pack_into
 _WHOLE: Final = 0xBFFF00FF  # of flags, offset, TTL and protocol; see flowkey
 _ECHO: Final = 0x0800
 _ECHO_V6: Final = 0x8000
+
+
+class _Echo(NamedTuple):
+    """How a request becomes a reply."""
+
+    fetch: Callable[[memoryview], tuple[bytes, int, int]]
+    """Both addresses, type and code, checksum, of an IP packet."""
+    asks: int
+    """Type and code of a request."""
+    put: Callable[[memoryview, int, bytes, int, int], None]
+    """The same three into a packet."""
+    at: int
+    """Where an IP header has its addresses."""
+    says: int
+    """Type and code of a reply."""
+    more: int
+    """What the checksum grows by. HC' = HC + m - m' (RFC 1624); 0xFFFF is as right as 0, and right for all zeros."""
+
+
+_ECHOES: Final = (
+    _Echo(struct.Struct("!12x8sHH").unpack_from, _ECHO, struct.Struct("!8sHH").pack_into, 12, 0, _ECHO),
+    _Echo(struct.Struct("!8x32sHH").unpack_from, _ECHO_V6, struct.Struct("!32sHH").pack_into, 8, 0x8100, 0xFEFF),
+)
+"""By figure: IPv4, IPv6."""
 _BROADCAST: Final = b"\xff" * 6
 ENDS_MAX: Final = 32_768
 """Pairs of addresses that are remembered, some 300 octets each."""
@@ -108,29 +130,34 @@ class Reply(Processor):
 
     def _answer_packets(self, batch: Batch, counts: list[int]) -> None:
         """Turn all in place, then write them at once."""
-        headers, packets, turn = batch.headers, batch.packets, self._turn
-        answered: list[int] = []
-        kinds: list[int] = []
-        for index in self._asked(batch):
-            batch.at = index
-            packet = packets[index]
-            if headers is not None and not _finished(packet, headers[index], tap=False):
-                continue
-            which = turn(packet, 0)
-            if which >= 0:
-                answered.append(index)
-                kinds.append(which)
-        if not answered:
-            return
-        counts[0] = kinds.count(0)
-        counts[1] = len(kinds) - counts[0]
-        if len(answered) == len(packets):
-            answers, left = packets, []
+        headers, packets = batch.headers, batch.packets
+        if headers is None and batch.kind in _ECHO_KINDS:
+            which = _ECHO_KINDS.index(batch.kind)
+            left = self._turn_all(packets, _ECHOES[which])
+            counts[which] = len(packets) - len(left)
+            answers = packets
+            if left:
+                gone = set(left)
+                answers = [packet for index, packet in enumerate(packets) if index not in gone]
+            kinds: list[int] | int = batch.kind
         else:
-            gone = set(answered)
-            answers = [packets[index] for index in answered]
-            left = [index for index in range(len(packets)) if index not in gone]
-        refused = len(answered) - batch.answer_looked(answers, [_ECHO_KINDS[which] for which in kinds])
+            answers, found, left = [], [], []
+            asked = frozenset(self._asked(batch))
+            for index, packet in enumerate(packets):
+                batch.at = index
+                which = -1
+                if index in asked and (headers is None or _finished(packet, headers[index], tap=False)):
+                    which = self._turn(packet, 0)
+                if which < 0:
+                    left.append(index)
+                else:
+                    answers.append(packet)
+                    found.append(_ECHO_KINDS[which])
+                    counts[which] += 1
+            kinds = found
+        if not answers:
+            return
+        refused = len(answers) - batch.answer_looked(answers, kinds)
         counts[_REFUSED] = refused
         for which in (0, 1):  # the kernel does not say whose; mostly it is all or none
             fewer = min(refused, counts[which])
@@ -153,6 +180,24 @@ class Reply(Processor):
         if answered:
             batch.take([index for index in range(len(packets)) if index not in answered])
 
+    def _turn_all(self, packets: list[memoryview], echo: _Echo) -> list[int]:
+        """`_turn` for packets that the worker found to be whole ICMP, all of one version; those that are left as they
+        are."""
+        fetch, asks, put, at, says, more = echo
+        known = self._known.get
+        left: list[memoryview] = []
+        for packet, (ends, kind, checksum) in zip(packets, map(fetch, packets), strict=True):
+            reply = known(ends)
+            if kind == asks and (reply or (reply is None and (reply := self._learn(ends)))):
+                changed = checksum + more
+                put(packet, at, reply, says, changed - 0xFFFF if changed > 0xFFFF else changed)
+            else:
+                left.append(packet)
+        if not left:
+            return []
+        these = set(map(id, left))
+        return [index for index, packet in enumerate(packets) if id(packet) in these]
+
     def _turn(self, packet: memoryview, at: int) -> int:
         """Make the reply of an echo request whose IP header is at `at`; its figure, or -1 for what stays as it is."""
         length = len(packet) - at
@@ -168,10 +213,7 @@ class Reply(Processor):
                 turned = self._learn(ends)
             if not turned:
                 return -1
-            # HC' = HC + m - m' (RFC 1624): m is 0x0800, m' is 0. 0xFFFF is as right as 0, and right for all zeros.
-            checksum += _ECHO
-            _TURNED_IPV4(packet, at + 12, turned, 0, checksum - 0xFFFF if checksum > 0xFFFF else checksum)
-            return 0
+            return self._put(packet, at, 0, turned, checksum)
         if first >> 4 != 6 or length < 48:
             return -1
         total, following, ends, kind, checksum = _IPV6(packet, at)
@@ -182,9 +224,14 @@ class Reply(Processor):
             turned = self._learn(ends)
         if not turned:
             return -1
-        checksum += 0xFFFF - 0x0100  # m is 0x8000, m' is 0x8100
-        _TURNED_IPV6(packet, at + 8, turned, 0x8100, checksum - 0xFFFF if checksum > 0xFFFF else checksum)
-        return 1
+        return self._put(packet, at, 1, turned, checksum)
+
+    @staticmethod
+    def _put(packet: memoryview, at: int, which: int, turned: bytes, checksum: int) -> int:
+        echo = _ECHOES[which]
+        checksum += echo.more
+        echo.put(packet, at + echo.at, turned, echo.says, checksum - 0xFFFF if checksum > 0xFFFF else checksum)
+        return which
 
     def _learn(self, ends: bytes) -> bytes:
         """Work out what the addresses of a request's reply are, source first, and remember it; b"" for no reply."""
