@@ -29,7 +29,13 @@ from service.dataplane.roster import Roster, there
 from service.dataplane.telling import Telling
 from service.dataplane.wire import Attach, Configure, Release, Reply, Request
 from service.dataplane.work import Setup, StageSetup, Work, unchanged
-from service.dataplane.worker_process import NoAnswerError, NotAskedError, PeerGoneError, WorkerProcess
+from service.dataplane.worker_process import (
+    NoAnswerError,
+    NotAskedError,
+    PeerGoneError,
+    WorkerProcess,
+    close_everywhere,
+)
 
 REQUEST_TIMEOUT_S: Final = 2.0
 """A worker's loop turns every 41 ms at worst; one that does not for this long never will."""
@@ -137,7 +143,9 @@ class HandOver:
                 if not isinstance(error, DataplaneError):
                     raise
         finally:
-            close_all([*made[1], *([] if fd is None else [fd])])
+            close_all(made[1])
+            if fd is not None:
+                close_everywhere(fd)
             if slot >= 0:
                 with self._roster.lock:
                     worker.free_slots.append(slot)
