@@ -111,15 +111,8 @@ class Batch:
     time_ns: int
     entries: "list[Entry] | None"
     """What the worker found when it counted the packets, one for each (`service.packet.flowkey`), for processors of
-    ours; None where it has not looked, or a packet was replaced since."""
-
-    @property
-    def kind(self) -> int:
-        """The class of all packets that are left (`service.packet.classify`), for processors of ours, where all are of
-        one, are no fragments, and have neither IPv4 options, nor IPv6 extension headers, nor VLAN tags, nor anything
-        behind their end; else, or where nobody has looked, -1."""
-        return -1
-
+    ours; None where it has not looked, or a packet was replaced since. A processor of ours that writes into packets
+    that go on sets it to None: it, and `kind`, may be of the packets as they came or as they are."""
     at: int
     """Which packet an iteration over the batch is at: what a crash is told with."""
 
@@ -132,6 +125,14 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.packets)
+
+    @property
+    def kind(self) -> int:
+        """The class of all packets that are left (`service.packet.classify`), for processors of ours, where all are of
+        one, are no fragments, and have neither IPv4 options, nor IPv6 extension headers, nor VLAN tags, nor anything
+        behind their end; else, or where nobody has looked, -1.
+        """
+        return -1
 
     def keep(self, indexes: Sequence[int], reason: str) -> None:
         """Go on with the packets at these indexes, in this order, and drop the others, counted by `reason`."""

@@ -206,7 +206,7 @@ class Device:
             self._add(self._start, list(map(_KIND_OF, looked)), lengths)
         else:
             self._add_alike(self._start, alike.kind, count, box.rows.octets)
-            # Who may change packets that go on must not change what they were found to be.
+            # A stage of another package may write into packets that go on: look before it does.
             looked = self._meter.look_alike(alike, packets) if self.chain.foreign else alike
         if self._lines is not None:
             for packet in packets:
@@ -285,7 +285,7 @@ class Device:
     def emit(
         self, packets: list[Packet], headers: list[Packet] | None, kinds: list[int] | int | None, drop: Drop
     ) -> int:
-        """Write packets past the to_kernel stages, and count those that were taken; see `send`.
+        """Write packets that are through the to_kernel stages, if there are any, and count what was taken; see `send`.
 
         `kinds` are their classes, or the one that all of them are of, or None if nobody has looked.
         """

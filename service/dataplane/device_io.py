@@ -29,10 +29,11 @@ BATCH_BYTES: Final = 512 * 1024
 written, and half of a core's 1 MiB is room for 8 segments of 60 kB. What a batch costs is some 20 us."""
 
 BATCH_BYTES_READ: Final = 2 * BATCH_BYTES
-"""And one that is only looked at here: only the headers have to be in the cache. Twice as many cost more again."""
+"""And one of which some came out at the end of the chain: mostly only the headers have to be in the cache, as for
+`inspect`. Twice as many cost more again."""
 
 LARGE: Final = 4096
-"""Octets of a packet, of those of a batch, from which on they are read one by one."""
+"""Octets of a batch's packets on average, above which the next batch is read one by one."""
 
 BATCH_MIN: Final = 4
 
@@ -60,7 +61,7 @@ class DeviceIO:
         self._buffers = self._whole  # what the next batch is read into
         self._reads: Reads | None = None
         self._came = 0  # packets in the last batch
-        self._large = False  # whether they were
+        self._large = False  # whether they were above `LARGE`
 
     # -- in
 

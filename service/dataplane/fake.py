@@ -80,7 +80,7 @@ class FakeContext:
 class FakeBatch(Batch):
     """A batch that keeps what was answered and dropped, its packets side by side with margins between them."""
 
-    __slots__ = ("_buffer", "_edges", "_kind", "answered", "dropped", "entries", "takes_answers")
+    __slots__ = ("_buffer", "_edges", "_entries", "_kind", "answered", "dropped", "takes_answers")
 
     def __init__(
         self, packets: Sequence[bytes], mode: Mode = "tun", direction: Direction = "from_kernel", time_ns: int = 1,
@@ -103,14 +103,29 @@ class FakeBatch(Batch):
         self.headers = None if headers is None else [memoryview(bytearray(header)) for header in headers]
         self.time_ns = time_ns
         self.at = 0
-        self.entries: list[Entry] | None = None
-        self._kind = -1
+        self.entries = None
         self.answered: list[bytes] = []
         self.dropped: Counter[str] = Counter()
         self.takes_answers = True
         """Whether the kernel takes what is answered; set it to False to see what happens then."""
         self._drop = self._count
         self._answer = self._keep_answer
+
+    @property
+    def entries(self) -> list[Entry] | None:
+        """See `contract.Batch.entries`; None before `look`."""
+        return self._entries
+
+    @entries.setter
+    def entries(self, entries: list[Entry] | None) -> None:
+        self._entries = entries
+        self._kind = -1
+
+    def take(self, indexes: Sequence[int]) -> None:
+        """See `contract.Batch.take`."""
+        kind = self._kind if indexes else -1
+        super().take(indexes)
+        self._kind = kind
 
     @property
     def kind(self) -> int:

@@ -145,7 +145,8 @@ class HandOver:
         finally:
             close_all(made[1])
             if fd is not None:
-                close_everywhere(fd)
+                with contextlib.suppress(OSError):
+                    close_everywhere(fd)
             if slot >= 0:
                 with self._roster.lock:
                     worker.free_slots.append(slot)

@@ -208,7 +208,7 @@ class Alike(NamedTuple):
     protocol: int
     """What IP carries."""
     upper: int
-    """Octets that it carries at the least."""
+    """Octets that IP carries at the least."""
     key: str
     """What is fetched of each to be looked up in the memo."""
 

@@ -104,7 +104,7 @@ class Rows:
 
     def holds(self, packets: list[memoryview]) -> bool:
         """Whether these are the first of the views, one at least, and nobody else had them in hand since."""
-        return same(packets, self._views) and len(packets) <= len(self.lengths)
+        return len(packets) <= len(self.lengths) and same(packets, self._views)
 
     def sizes(self, count: int, more: int) -> "array[int]":
         """The first so many lengths, each and so many octets more (format "I")."""

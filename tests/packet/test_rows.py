@@ -28,6 +28,38 @@ def test_views_are_kept_while_lengths_repeat_and_no_longer() -> None:
         assert rows.words(0) == struct.pack(f"!{len(lengths)}H", *lengths)
 
 
+def test_only_the_packets_that_are_there_are_held() -> None:
+    rows = rows_of(b"abc", b"def", b"ghi")
+    three = rows.views()
+    assert rows.holds(three)
+    rows.hold([3, 3])
+    two = rows.views()
+    assert rows.holds(two)
+    assert rows.holds(three[:2]), "views of one length are kept"
+    assert not rows.holds(three), "and of no more packets than there are"
+    rows.hold([2, 3])
+    rows.views()
+    assert not rows.holds(two)
+
+
+def test_views_of_any_number_of_lengths_are_right() -> None:
+    rows = Rows(memoryview(bytearray(range(128))), 64, 2)
+    for length in (*range(40), *range(40)):
+        for count in (1, 2, 1):
+            rows.hold([length] * count)
+            assert rows.views() == [bytes(range(start, start + length)) for start in (0, 64)[:count]]
+
+
+def test_views_of_other_lengths_are_forgotten_too() -> None:
+    rows = rows_of(b"abc")
+    rows.views()[0].release()
+    rows.hold([2])
+    rows.views()
+    rows.forget()
+    rows.hold([3])
+    assert rows.views() == [b"abc"]
+
+
 def test_released_views_are_made_anew_once_they_are_forgotten() -> None:
     rows = rows_of(b"ab")
     rows.views()[0].release()

@@ -10,7 +10,8 @@ first and last seen is as exact as a window is long.
 
 Of the packets themselves all are kept while few come: the first `packets` in each window. Of what comes beyond only
 the last two of each batch are, until the window ends: so the latest is always there, and under load the rest are
-samples. Their numbers say where some are missing.
+samples. Their numbers say where some are missing. Those are in the worker's own memory until then: of a worker that
+crashes, the last window's are lost, but for the first.
 """
 
 import mmap
@@ -83,7 +84,7 @@ class Inspect(Processor):
         self._window_ends = 0
         self._last_ns = 0
         self._may_keep = self._keep
-        self._beside: Final[deque[tuple[int, int, bool, int, bytes]]] = deque(maxlen=self._keep)
+        self._waiting: Final[deque[tuple[int, int, bool, int, bytes]]] = deque(maxlen=self._keep)
         """What is kept of the packets beyond those that may be, as `FlowTableWriter.write_head` takes it."""
         # Of all time: flow -> [row, the nine figures of a row], least recently seen first.
         self._rows: Final[OrderedDict[bytes, list[int]]] = OrderedDict()
@@ -141,8 +142,8 @@ class Inspect(Processor):
                 self._table.write_head(number, now_ns, to_kernel, len(packet), packet[:HEAD_BYTES].tobytes())
             self._may_keep = max(0, may - len(packets))
             return
-        number += len(packets)
-        add = self._beside.append
+        number += len(packets)  # the last two
+        add = self._waiting.append
         if len(packets) > 1:
             last = packets[-2]
             add((number - 1, now_ns, to_kernel, len(last), last[:HEAD_BYTES].tobytes()))
@@ -232,9 +233,9 @@ class Inspect(Processor):
                     row[8] += packets + more
                 if last_ns > row[6]:
                     row[6] = last_ns
-        for head in self._beside:
+        for head in self._waiting:
             self._table.write_head(*head)
-        self._beside.clear()
+        self._waiting.clear()
         for flow, row in changed.items():
             self._table.write_row(row[0], flow, row[1:])
         self._table.publish(len(self._rows), self._evicted, self._seen, now_ns)

@@ -63,7 +63,7 @@ _ECHOES: Final = (
     _Echo(struct.Struct("!12x8sHH").unpack_from, _ECHO, struct.Struct("!8sHH").pack_into, 12, 0, _ECHO),
     _Echo(struct.Struct("!8x32sHH").unpack_from, _ECHO_V6, struct.Struct("!32sHH").pack_into, 8, 0x8100, 0xFEFF),
 )
-"""By figure: IPv4, IPv6."""
+"""In the order of `_FIGURES`."""
 _BROADCAST: Final = b"\xff" * 6
 ENDS_MAX: Final = 32_768
 """Pairs of addresses that are remembered, some 300 octets each."""
@@ -181,8 +181,10 @@ class Reply(Processor):
             batch.take([index for index in range(len(packets)) if index not in answered])
 
     def _turn_all(self, packets: list[memoryview], echo: _Echo) -> list[int]:
-        """`_turn` for packets that the worker found to be whole ICMP, all of one version; those that are left as they
-        are."""
+        """`_turn` for packets that the worker found to be whole ICMP of one version; return the indexes of the others.
+
+        Mostly there are none, so that indexes are not counted on the way.
+        """
         fetch, asks, put, at, says, more = echo
         known = self._known.get
         left: list[memoryview] = []
