@@ -22,6 +22,9 @@ from service.dataplane.contract import Batch, Direction, Mode, Processor
 from service.packet.flowkey import ROWS_MIN, Entry, Meter
 from service.packet.rows import Rows
 
+_HEAD_BYTES: Final = 128
+"""Octets of a packet that say what it is, and more."""
+
 _MARGIN: Final = b"\xa5" * 16
 
 
@@ -137,10 +140,10 @@ class FakeBatch(Batch):
         self.entries = Meter(self.mode).look(self.packets)
         if self.packets:
             many = self.packets * ROWS_MIN  # so few would not be looked at at once
-            stride = max(map(len, many)) + 64 & ~1
-            rows = Rows(memoryview(bytearray(stride * len(many))), stride, len(many))
+            rows = Rows(memoryview(bytearray(_HEAD_BYTES * len(many))), _HEAD_BYTES, len(many))
             for place, packet in zip(rows.places, many, strict=True):
-                place[: len(packet)] = packet
+                head = packet[:_HEAD_BYTES]
+                place[: len(head)] = head
             rows.hold(list(map(len, many)))
             alike = Meter(self.mode, rows=rows).alike()
             self._kind = -1 if alike is None else alike.kind
