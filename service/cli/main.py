@@ -102,6 +102,7 @@ def serve(
 ) -> None:
     """Run the service in the foreground until SIGINT, SIGTERM or SIGQUIT."""
     gc.disable()  # until the service is ready: nothing that start-up makes is garbage, and looking for it takes long
+    click.get_current_context().call_on_close(gc.enable)  # or until it is not to be: this process may be a test's
     loaded = load(
         config,
         server__host=("--host", host),

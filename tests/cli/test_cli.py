@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import gc
 import http.server
 import json
 import socket
@@ -90,6 +91,13 @@ def test_a_bad_setting_is_named_with_where_it_comes_from(tunledger: Tunledger) -
     assert ran.status == 2
     assert "TUNLEDGER_SERVER__PORT" in ran.err
     assert "server.port" in ran.err
+
+
+def test_a_service_that_does_not_start_leaves_garbage_collection_on(tunledger: Tunledger) -> None:
+    """It did not: tests that came after in the same process grew to 24 GB."""
+    assert gc.isenabled()
+    assert tunledger("serve", "--port", "http").status == 2
+    assert gc.isenabled()
 
 
 def test_exit_statuses_of_the_process_itself(lived: Tunledger) -> None:
