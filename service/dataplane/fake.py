@@ -137,16 +137,20 @@ class FakeBatch(Batch):
 
     def look(self) -> None:
         """Have `entries` and `kind`, as a worker that has counted the packets; without, a processor has to look."""
-        self.entries = Meter(self.mode).look(self.packets)
-        if self.packets:
-            many = self.packets * ROWS_MIN  # so few would not be looked at at once
-            rows = Rows(memoryview(bytearray(_HEAD_BYTES * len(many))), _HEAD_BYTES, len(many))
-            for place, packet in zip(rows.places, many, strict=True):
-                head = packet[:_HEAD_BYTES]
-                place[: len(head)] = head
-            rows.hold(list(map(len, many)))
-            alike = Meter(self.mode, rows=rows).alike()
-            self._kind = -1 if alike is None else alike.kind
+        entries = Meter(self.mode).look(self.packets)
+        self.entries = entries
+        if len({entry.kind for entry in entries}) == 1:
+            self._kind = self._kind_at_once()
+
+    def _kind_at_once(self) -> int:
+        many = self.packets * ROWS_MIN  # so few would not be looked at at once
+        rows = Rows(memoryview(bytearray(_HEAD_BYTES * len(many))), _HEAD_BYTES, len(many))
+        for place, packet in zip(rows.places, many, strict=True):
+            head = packet[:_HEAD_BYTES]
+            place[: len(head)] = head
+        rows.hold(list(map(len, many)))
+        alike = Meter(self.mode, rows=rows).alike()
+        return -1 if alike is None else alike.kind
 
     def left(self) -> list[bytes]:
         """Copies of the packets that go on to the next stage."""
