@@ -21,8 +21,12 @@ from service.dataplane.blackbox import HEADER_BYTES, BlackBox
 from service.dataplane.contract import BATCH_MAX, NO_OFFLOAD, Packet
 from service.dataplane.ring import NOT_TAKEN, Reads, Ring
 
-RING_MIN: Final = 6
-"""Packets from which on a ring costs less than a call for each."""
+RING_MIN: Final = 24
+"""Packets from which on a ring costs less than a call for each, where a call is not cheap. Where it is, little is lost:
+reads of 16, 32, 64 took 6.4, 10.0, 16.7 us by a ring, 5.7, 10.4, 18.7 us one by one."""
+
+MORE: Final = 8
+"""Packets that are asked for beyond as many as came last. One that is not there costs as much as one that is."""
 
 BATCH_BYTES: Final = 512 * 1024
 """With large segments a batch that is sent on ends about here: what is read has to be in the cache still when it is
@@ -74,7 +78,7 @@ class DeviceIO:
         asked, error = len(self._buffers), 0
         lengths: list[int] = []
         if self._came >= RING_MIN and not self._large and self._ring is not None:
-            asked = min(asked, 2 * self._came)
+            asked = min(asked, self._came + MORE)
             lengths, error = self._read_at_once(self._ring, asked)
         if not lengths and not error:
             read = self.file.readinto
@@ -101,6 +105,9 @@ class DeviceIO:
         error = next((-length for length in found if length < 0 and length not in _NOTHING), 0)
         if error == errno.EOPNOTSUPP:  # not to be read without waiting, by a ring
             self._ring, error = None, 0
+        came = next(index for index, length in enumerate(found) if length <= 0)
+        if max(found[came:]) <= 0:
+            return found[:came], error
         lengths: list[int] = []
         for index, length in enumerate(found):
             if length > 0:

@@ -18,7 +18,7 @@ from hypothesis import strategies as some
 from service.dataplane import blackbox, device_io, ring
 from service.dataplane.blackbox import HEADER_BYTES, BlackBox
 from service.dataplane.contract import BATCH_MAX, NO_OFFLOAD
-from service.dataplane.device_io import DeviceIO
+from service.dataplane.device_io import RING_MIN, DeviceIO
 from service.dataplane.ring import HALF, Reads, Ring
 
 EVENTS_NONE = 0
@@ -60,6 +60,7 @@ def heard(far: socket.socket) -> list[bytes]:
             return found
 
 
+MANY = RING_MIN + 10
 PACKETS = some.lists(some.binary(min_size=1, max_size=60), max_size=3 * BATCH_MAX)
 
 
@@ -116,7 +117,7 @@ def test_it_is_used_where_many_packets_wait_and_not_where_few_do(
                 far.send(b"alone")
                 assert device.read(EVENTS_NONE) == ([5], 0)
             assert asked == []
-            for sent, came, calls in ((20, 20, []), (50, 40, [40]), (0, 10, [BATCH_MAX]), (0, 0, [20]), (1, 1, [])):
+            for sent, came, calls in ((30, 30, []), (50, 38, [38]), (20, 32, [46]), (0, 0, [40]), (1, 1, [])):
                 for _ in range(sent):
                     far.send(b"many")
                 assert device.read(EVENTS_NONE) == ([4] * came, 0)
@@ -143,7 +144,7 @@ def test_packets_move_up_to_where_nothing_came(box: BlackBox) -> None:
 
     with wire() as (_far, fd):
         device = DeviceIO(fd, box, Gaps(), vnet_hdr=True)  # type: ignore[arg-type]
-        device._came = 10
+        device._came = RING_MIN
         with device.file:
             lengths, error = device.read(EVENTS_NONE)
             assert (lengths, error) == ([3, 5, 6], 0)
@@ -170,15 +171,15 @@ def test_a_device_that_a_ring_cannot_have_without_waiting_goes_without(box: Blac
 
     with wire() as (far, fd):
         device = DeviceIO(fd, box, Refused(), vnet_hdr=False)  # type: ignore[arg-type]
-        device._came = 10 if reading else 0
+        device._came = RING_MIN if reading else 0
         with device.file:
-            for _ in range(10):
+            for _ in range(RING_MIN):
                 far.send(b"packet")
-            assert device.read(EVENTS_NONE) == ([6] * 10, 0)
+            assert device.read(EVENTS_NONE) == ([6] * RING_MIN, 0)
             assert (device._ring is None) == reading
-            assert device.write(box.packets([6] * 10), None) == [6] * 10
+            assert device.write(box.packets([6] * RING_MIN), None) == [6] * RING_MIN
             assert device._ring is None
-            assert heard(far) == [b"packet"] * 10
+            assert heard(far) == [b"packet"] * RING_MIN
 
 
 def test_what_it_says_of_a_device_that_is_gone_is_what_a_single_call_says(one: Ring, box: BlackBox) -> None:
@@ -188,9 +189,9 @@ def test_what_it_says_of_a_device_that_is_gone_is_what_a_single_call_says(one: R
         device = DeviceIO(writing, box, which, vnet_hdr=False)
         with device.file:
             box.rows.forget()
-            packets = box.packets([4] * 10)
-            assert device.write(packets, None) == [-errno.EPIPE] * 10
-            device._came = 10
+            packets = box.packets([4] * MANY)
+            assert device.write(packets, None) == [-errno.EPIPE] * MANY
+            device._came = RING_MIN
             assert device.read(EVENTS_NONE) == ([], errno.EBADF), "nothing can be read from this end"
 
 
@@ -198,32 +199,32 @@ def test_what_is_no_longer_in_the_rows_is_written_all_the_same(one: Ring, box: B
     with wire() as (far, fd):
         device = DeviceIO(fd, box, one, vnet_hdr=False)
         with device.file:
-            for place in range(10):
-                box.buffers[place][:4] = b"row%d" % place
-            packets = box.packets([4] * 10)
+            for place in range(MANY):
+                box.buffers[place][:4] = b"r%03d" % place
+            packets = box.packets([4] * MANY)
             packets[3] = memoryview(b"another")
-            assert device.write(packets, None) == [4] * 3 + [7] + [4] * 6
-            assert heard(far) == [b"row0", b"row1", b"row2", b"another", *(b"row%d" % n for n in range(4, 10))]
-            fewer = box.packets([4] * 10)[2:9]
-            assert device.write(fewer, None) == [4] * 7
-            assert heard(far) == [b"row%d" % n for n in range(2, 9)]
+            assert device.write(packets, None) == [4] * 3 + [7] + [4] * (MANY - 4)
+            assert heard(far) == [b"r000", b"r001", b"r002", b"another", *(b"r%03d" % n for n in range(4, MANY))]
+            fewer = box.packets([4] * MANY)[2:-1]
+            assert device.write(fewer, None) == [4] * (MANY - 3)
+            assert heard(far) == [b"r%03d" % n for n in range(2, MANY - 1)]
 
 
 def test_headers_that_are_not_those_that_were_read_are_written_all_the_same(one: Ring, box: BlackBox) -> None:
     with wire() as (far, fd):
         device = DeviceIO(fd, box, one, vnet_hdr=True)
         with device.file:
-            for place in range(10):
+            for place in range(MANY):
                 box.framed[place][: HEADER_BYTES + 4] = bytes([place + 1] * HEADER_BYTES) + b"data"
-            packets, headers = box.packets([4] * 10), box.headers(10)
-            as_read = [bytes([place + 1] * HEADER_BYTES) + b"data" for place in range(10)]
+            packets, headers = box.packets([4] * MANY), box.headers(MANY)
+            as_read = [bytes([place + 1] * HEADER_BYTES) + b"data" for place in range(MANY)]
             device.write(packets, headers)
             assert heard(far) == as_read
             headers[4] = NO_OFFLOAD
             device.write(packets, headers)
             assert heard(far) == [*as_read[:4], bytes(HEADER_BYTES) + b"data", *as_read[5:]]
             device.write(packets, None)
-            assert heard(far) == [bytes(HEADER_BYTES) + b"data"] * 10
+            assert heard(far) == [bytes(HEADER_BYTES) + b"data"] * MANY
 
 
 def test_a_queue_that_is_full_is_told_packet_by_packet(one: Ring, box: BlackBox) -> None:
@@ -323,16 +324,16 @@ def test_what_a_kernel_does_not_take_is_written_one_by_one(one: Ring, box: Black
     with wire() as (far, fd):
         device = DeviceIO(fd, box, one, vnet_hdr=True)
         with device.file:
-            for place in range(10):
-                box.framed[place][: HEADER_BYTES + 4] = bytes(HEADER_BYTES) + b"row%d" % place
+            for place in range(MANY):
+                box.framed[place][: HEADER_BYTES + 4] = bytes(HEADER_BYTES) + b"r%03d" % place
             for taken in (0, 7):
                 # It takes that many, and says that it has no memory for more.
                 one._syscall = lambda number, ring, _count, *more, taken=taken: (  # type: ignore[assignment, misc]
                     call(number, ring, taken, *more) if taken else -1
                 )
-                packets = box.packets([4] * 10)
-                assert device.write(packets, box.headers(10)) == [HEADER_BYTES + 4] * 10
-                assert heard(far) == [bytes(HEADER_BYTES) + b"row%d" % place for place in range(10)]
+                packets = box.packets([4] * MANY)
+                assert device.write(packets, box.headers(MANY)) == [HEADER_BYTES + 4] * MANY
+                assert heard(far) == [bytes(HEADER_BYTES) + b"r%03d" % place for place in range(MANY)]
 
 
 def test_a_kernel_that_takes_no_requests_is_told_as_such(one: Ring, box: BlackBox) -> None:

@@ -258,7 +258,7 @@ BUGS = (
     Bug(
         "packets that another chain had in hand are written as if they were as they were read",
         "service/packet/rows.py",
-        "        return same(packets, self._views)\n",
+        "        return len(packets) <= len(self.lengths) and same(packets, self._views)\n",
         "        return True\n",
         "tests/dataplane/test_ring.py::test_what_is_no_longer_in_the_rows_is_written_all_the_same",
     ),
