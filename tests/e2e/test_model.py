@@ -181,8 +181,13 @@ class Machine(RuleBasedStateMachine):
             assert link.carrier == (spec["processing"]["running"] and spec["up"]) or not spec["up"]
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("runs", [3, pytest.param(WHOLE, marks=[pytest.mark.full, pytest.mark.timeout(1500)])])
+@pytest.mark.parametrize(
+    "runs",
+    [  # a function's own mark would go before a case's
+        pytest.param(3, marks=pytest.mark.timeout(300)),
+        pytest.param(WHOLE, marks=[pytest.mark.full, pytest.mark.timeout(1500)]),
+    ],
+)
 def test_the_api_does_what_a_simple_model_says(tmp_path: Path, runs: int) -> None:
     class Here(Machine):
         folder = tmp_path
