@@ -42,7 +42,9 @@ class Deadlines:
         self._due = {each: at for each, at in self._due.items() if each in waiting}
         for each, awaiting in waiting.items():
             if each not in self._due:
-                self._due[each] = self._journal.elapsed_s() + self._journal.seconds_until(awaiting.confirm_by)
+                # The wall's clock first: what passes between the two looks makes it late, never early.
+                left_s = self._journal.seconds_until(awaiting.confirm_by)
+                self._due[each] = self._journal.elapsed_s() + left_s
 
     def _left_s(self, awaiting: Unconfirmed) -> float:
         """How long it may still be confirmed; not over 0 once it is to be taken back."""

@@ -502,6 +502,38 @@ async def test_a_deadline_goes_by_a_clock_that_nobody_sets(tmp_path: Path, hours
         assert rig.kernel.observe(["tun0"]).links["tun0"].mtu == 1500
 
 
+class SlowClock(SetClock):
+    """Between two looks at it time passes: somebody else had the processor."""
+
+    slow_s = 0.0
+
+    def seconds_until(self, stamp: str) -> float:
+        found = super().seconds_until(stamp)
+        self.passes(self.slow_s)
+        return found
+
+    def elapsed_s(self) -> float:
+        found = super().elapsed_s()
+        self.passes(self.slow_s)
+        return found
+
+
+async def test_what_passes_between_looks_at_two_clocks_brings_no_deadline_on(tmp_path: Path) -> None:
+    clock = SlowClock()
+    async with running(tmp_path, FakeKernel(), clock) as rig:
+        await rig.declare()
+        change = cmd.PatchInterface(InterfaceName("tun0"), {"mtu": 1400})
+        clock.slow_s = 5
+        await rig.order(change, confirm_by="2026-01-01T00:01:00.000000Z")
+        clock.slow_s = 0
+        clock.passes((datetime.datetime(2026, 1, 1, 0, 0, 59, tzinfo=datetime.UTC) - clock.wall).total_seconds())
+        await rig.engine.take_back_overdue()
+        assert "tun0" in rig.engine.state.unconfirmed, "it fired before its time"
+        clock.passes(10)
+        await rig.engine.take_back_overdue()
+        assert rig.engine.state.unconfirmed == {}
+
+
 async def test_after_a_restart_the_recorded_time_of_a_deadline_counts(tmp_path: Path) -> None:
     kernel, clock = FakeKernel(), SetClock()
     async with running(tmp_path, kernel, clock) as rig:
