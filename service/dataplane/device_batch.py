@@ -93,6 +93,7 @@ class DeviceBatch(Batch):
 
     @entries.setter
     def entries(self, entries: list[Entry] | None) -> None:
+        """What was known of all at once is so no longer."""
         self._entries = entries
         self._alike = None
 

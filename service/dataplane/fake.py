@@ -121,6 +121,7 @@ class FakeBatch(Batch):
 
     @entries.setter
     def entries(self, entries: list[Entry] | None) -> None:
+        """What was known of all at once is so no longer."""
         self._entries = entries
         self._kind = -1
 
