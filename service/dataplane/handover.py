@@ -145,7 +145,7 @@ class HandOver:
         finally:
             close_all(made[1])
             if fd is not None:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # it is closed whatever close(2) says, and the slot is still to give
                     close_everywhere(fd)
             if slot >= 0:
                 with self._roster.lock:

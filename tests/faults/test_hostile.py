@@ -222,7 +222,6 @@ def test_a_reboot_brings_everything_back_and_counts_nothing_twice(folder: Path) 
 
 def _counted(world: World, name: str, least: int) -> int:
     """The packets that the host sent into it, once there are so many; else 0."""
-    time.sleep(0.05)
     found = world.get("/api/v1/counters")["counters"][name].get("kernel", {}).get("tx_packets", 0)
     return int(found) if found >= least else 0
 

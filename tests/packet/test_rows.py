@@ -48,6 +48,7 @@ def test_views_of_any_number_of_lengths_are_right() -> None:
         for count in (1, 2, 1):
             rows.hold([length] * count)
             assert rows.views() == [bytes(range(start, start + length)) for start in (0, 64)[:count]]
+    assert len(rows._uniform) <= 16, "a sender of many lengths fills no memory"
 
 
 def test_views_of_other_lengths_are_forgotten_too() -> None:
