@@ -1,10 +1,11 @@
 """The composition root: the only module that knows every room. Opens everything in order, and closes it backwards.
 
+workers ---------------------------------v
 lock -> database -> fold -> writer, applier -> start-up reconciliation -> HTTP
-     -> workers  ------------------^
 """
 
 import asyncio
+import contextlib
 import datetime
 import gc
 import os
@@ -15,15 +16,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import structlog
 import uuid_utils
 
 from service import __version__, failpoints
 from service.api import bodies
-from service.config import WORKERS_MAX, Config
-from service.dataplane import registry, slices
+from service.config import Config
 from service.dataplane.attachment import Ended
 from service.dataplane.errors import DataplaneError
 from service.dataplane.supervisor import Supervisor
@@ -59,6 +59,7 @@ from service.store.reader import LogReader, Verification
 from service.store.reserve import Reserve
 from service.store.snapshots import Auditor, Opened, Past, open_log
 from service.store.writer import LogWriter
+from service.workforce import Workforce
 
 if TYPE_CHECKING:
     from service.serving import Server
@@ -100,14 +101,17 @@ def _stamp(moment: datetime.datetime) -> str:
     return moment.isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"  # strftime takes twice as long
 
 
-def serve(config: Config) -> int:
-    """Run the service until a signal ends it; the process's exit status.
+def serve(config: Config, workforce: Workforce) -> int:
+    """Run the service, with workers that have begun, until a signal ends it; the process's exit status.
 
     Raises:
         TunledgerError: why it could not start: schema_mismatch, already_serving, invalid_field, log_unavailable.
     """
-    failpoints.arm(os.environ)
-    slices.short()  # before there are threads
+    with contextlib.closing(workforce):
+        return _serve(config, workforce)
+
+
+def _serve(config: Config, workforce: Workforce) -> int:
     _check_defaults(config)
     path = config.database.path
     if not os.path.isdir(path.parent):  # noqa: PTH112  # else migrate says why it may not be looked at
@@ -117,8 +121,9 @@ def serve(config: Config) -> int:
     with InstanceLock(path, who) as lock, _listen(config.server.host, config.server.port) as listening:
         failpoints.reach("app.listening")
         address = "{}:{}".format(*listening.getsockname()[:2])
-        while (status := asyncio.run(_Service(config, path, listening, address).run())) is None:
+        while (status := asyncio.run(_Service(config, path, listening, address, workforce).run())) is None:
             lock.renew()
+            workforce = Workforce(config).begin()
         return status
 
 
@@ -246,16 +251,39 @@ def _crashed(death: WorkerExit) -> ev.ProcessorCrashed | None:
     )
 
 
-def _workers(configured: int) -> int:
-    """How many worker processes: as configured, or one for each processor that this service may run on."""
-    return configured or min(len(os.sched_getaffinity(0)), WORKERS_MAX)
+class _Told:
+    """What workers have to tell, for those that keep the log and the captures (`workforce.Listener`)."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, engine: Engine, captures: Captures) -> None:
+        self._loop, self._engine = loop, engine
+        self.files_for = captures.files_for
+        self.poked = captures.poked
+        self._captures = captures
+
+    def exited(self, death: WorkerExit) -> None:
+        """A worker died: record it, with the last figures of its devices."""
+        last = [
+            worker_reading(InterfaceId(device), figures.session, figures.from_kernel, figures.to_kernel)
+            for device, figures in death.counters.items()
+        ]
+        self._engine.worker_exited(death.worker, death.pid, death.status, last, _crashed(death))
+
+    def device_lost(self, _device: str, _reason: str) -> None:
+        """A worker let go of a device: it may be gone."""
+        self._loop.call_soon_threadsafe(self._engine.look_again)
+
+    def stage_ended(self, ended: Ended) -> None:
+        """A stage's files are complete."""
+        self._captures.ended(ended.device, ended.stage, ended.figures, ended.reason)
 
 
 class _Service:
     """Everything that runs, and the order in which it stops."""
 
-    def __init__(self, config: Config, path: Path, listening: socket.socket, address: str) -> None:
-        self._config, self._path = config, path
+    def __init__(
+        self, config: Config, path: Path, listening: socket.socket, address: str, workforce: Workforce
+    ) -> None:
+        self._config, self._path, self._workforce = config, path, workforce
         self._listening, self._address = listening, address
         self._clock = SystemClock()
         self._signal: signal.Signals | None = None
@@ -274,46 +302,12 @@ class _Service:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
             loop.add_signal_handler(number, self._on_signal, number)
         engine: Engine | None = None
-        captures: Captures | None = None
-
-        def on_exit(death: WorkerExit) -> None:
-            last = [
-                worker_reading(InterfaceId(device), figures.session, figures.from_kernel, figures.to_kernel)
-                for device, figures in death.counters.items()
-            ]
-            if engine is not None:
-                engine.worker_exited(death.worker, death.pid, death.status, last, _crashed(death))
-
-        def on_device_lost(device: str, reason: str) -> None:
-            log.warning("a device was lost", interface_id=device, reason=reason)
-            if engine is not None:
-                loop.call_soon_threadsafe(engine.look_again)
-
-        def on_stage_ended(ended: Ended) -> None:
-            if captures is not None:
-                captures.ended(ended.device, ended.stage, ended.figures, ended.reason)
-
-        processors = registry.discover()
-        supervisor = Supervisor(
-            workers=_workers(self._config.dataplane.workers),
-            processors=processors,
-            on_exit=on_exit,
-            on_device_lost=on_device_lost,
-            packet_log=_packet_log if self._logs_packets else None,
-            packets_per_s=max(1, self._config.logging.packets_per_s),
-            io_uring=self._config.dataplane.io_uring == "auto",
-            files_for=lambda *stage: captures.files_for(*stage) if captures is not None else (),
-            on_poke=lambda: captures.poked() if captures is not None else None,
-            on_stage_ended=on_stage_ended,
-        )
+        supervisor = self._workforce.supervisor
         plane = Plane(supervisor)
-        # They come up on another processor while the log is read.
-        workers = loop.run_in_executor(None, supervisor.start)
         try:
             opened = self._open_log()
         except BaseException:
-            await asyncio.wait([workers])
-            await asyncio.to_thread(supervisor.close)
+            await asyncio.to_thread(self._workforce.close)
             raise
         failpoints.reach("app.log.read")
 
@@ -367,7 +361,7 @@ class _Service:
             publish=publish,
             frozen=opened.frozen,
             obstacle=lambda: lacks_net_admin() or lacks_device_node(),
-            processors=processors,
+            processors=self._workforce.processors,
             remover=Remover(remover, Hands(removing, Workers(supervisor), monitor)),
             keeper=CounterKeeper(
                 interval_s=self._config.counters.interval_s,
@@ -386,6 +380,7 @@ class _Service:
             trim=trim,
         )
         captures.bind()
+        self._workforce.listener = _Told(loop, engine, captures)
         try:
             if opened.frozen is None:
                 self._auditor = Auditor(self._path, opened.log, run=writer.run, on_problem=on_problem)
@@ -396,7 +391,7 @@ class _Service:
             remover.start()
             remover.run(lambda: removing.observe(()))  # opens its socket, should descriptors run out later
             try:
-                await workers
+                await asyncio.to_thread(self._workforce.wait)
             except (DataplaneError, OSError) as error:
                 raise TunledgerError(ErrorCode.WORKER_FAILED, f"the packet workers cannot start: {error}") from error
             failpoints.reach("app.workers.started")
@@ -404,8 +399,7 @@ class _Service:
         finally:
             failpoints.reach("app.close.before")
             self._feed.close()
-            await asyncio.wait([workers])
-            await asyncio.to_thread(supervisor.close)
+            await asyncio.to_thread(self._workforce.close)
             failpoints.reach("app.close.workers")
             await asyncio.to_thread(remover.close)
             await asyncio.to_thread(applier.close)
@@ -576,10 +570,6 @@ class _Service:
         except TimeoutError:
             log.error("stopping took too long; the next start finishes what is left", timeout_s=limit_s)
 
-    @property
-    def _logs_packets(self) -> bool:
-        return self._config.logging.level == "debug" and self._config.logging.packets_per_s > 0
-
     def _on_signal(self, number: signal.Signals) -> None:
         if self._signal is not None:
             log.warning("second signal: exiting at once, the next start cleans up", signal=number.name)
@@ -643,8 +633,3 @@ def _render(
     from service.api.render import render
 
     return render(request, command_id, finished, error)
-
-
-def _packet_log(device: str, line: str, suppressed: int) -> None:
-    extra: dict[str, Any] = {"suppressed": suppressed} if suppressed else {}
-    log.debug("packet", dev=device, packet=line, **extra)

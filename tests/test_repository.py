@@ -33,7 +33,7 @@ ROOMS: Final[Mapping[str, set[str]]] = {
     "dataplane": {"packet", "failpoints"},
     "reconcile": {"service", "domain", "store", "failpoints"},
     "api": {"service", "domain", "packet", "reconcile", "failpoints", *READ_MODELS},
-    "cli": {"service", "domain", "config", "logs", "app", "store", "kernel"},
+    "cli": {"service", "domain", "config", "logs", "app", "workforce", "store", "kernel"},
     "app": {
         "service",
         "domain",
@@ -46,7 +46,10 @@ ROOMS: Final[Mapping[str, set[str]]] = {
         "failpoints",
         "serving",
         "plane",
+        "workforce",
     },
+    # Imported first: what the workers' start needs, and no more.
+    "workforce": {"config", "dataplane", "failpoints"},
     # Imported late, when the host is as the log says: all that only answers HTTP.
     "serving": {"domain", "store", "kernel", "reconcile", "api"},
     "plane": {"domain", "packet", "dataplane", "api.traffic"},
@@ -54,7 +57,7 @@ ROOMS: Final[Mapping[str, set[str]]] = {
     "__init__": set(),
 }
 # Only what works on the database or the host itself may reach past HTTP.
-CLI_BELOW_HTTP: Final = {"local": {"app", "store"}, "doctor": {"store", "kernel"}, "main": {"app"}}
+CLI_BELOW_HTTP: Final = {"local": {"app", "store"}, "doctor": {"store", "kernel"}, "main": {"app", "workforce"}}
 FORBIDDEN_NAMES: Final = {"utils", "util", "helpers", "helper", "common", "base", "misc"}
 FORBIDDEN_ENDINGS: Final = ("Manager", "Handler", "Helper")
 
@@ -123,7 +126,7 @@ def test_a_module_imports_only_from_rooms_that_its_own_may_know(path: Path) -> N
 @pytest.mark.parametrize("path", [path for path in MODULES if _room(path) == "cli"], ids=_name)
 def test_the_command_line_talks_http_but_for_what_works_on_the_database_or_the_host(path: Path) -> None:
     allowed = CLI_BELOW_HTTP.get(path.stem, set())
-    below = {imported for _, imported in _imports(path) if _allowed(imported, {"app", "store", "kernel"})}
+    below = {imported for _, imported in _imports(path) if _allowed(imported, {"app", "workforce", "store", "kernel"})}
     assert {imported for imported in below if not _allowed(imported, allowed)} == set()
 
 
@@ -132,6 +135,7 @@ def test_only_the_composition_root_starts_processes_of_the_data_plane() -> None:
     assert {name for name in knowing if not name.startswith("service/dataplane/")} == {
         "service/app.py",
         "service/plane.py",
+        "service/workforce.py",
     }
 
 

@@ -113,10 +113,13 @@ def serve(
     from service import logs
 
     logs.configure(loaded.config.logging.level, loaded.config.logging.format)
+    from service import workforce
+
+    workers = workforce.begin(loaded.config)  # they come up while what reads the log is imported
     from service.app import serve as run
 
     try:
-        status = run(loaded.config)
+        status = run(loaded.config, workers)
     except TunledgerError as error:
         bad_setting = error.code in {ErrorCode.INVALID_FIELD, ErrorCode.SCHEMA_MISMATCH}
         fail(error.message, USAGE if bad_setting else FAILED)

@@ -10,7 +10,6 @@ Linux only, by sched_setattr(2), for which no right is needed. A kernel that doe
 import contextlib
 import ctypes
 import os
-import platform
 import struct
 from typing import Final
 
@@ -35,7 +34,7 @@ def usual() -> None:
 
 
 def _set(runtime_ns: int) -> None:
-    number = _SCHED_SETATTR.get(platform.machine())
+    number = _SCHED_SETATTR.get(os.uname().machine)
     if number is None:
         return
     # What fails leaves things as they were: nothing depends on it but how soon an answer comes. A filter of system

@@ -8,8 +8,7 @@ import struct
 from typing import Final
 
 from service.packet.checksum import internet_checksum, ones_complement_sum
-from service.packet.ethernet import ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6
-from service.packet.transport import ICMP, ICMPV6, TCP, UDP
+from service.packet.numbers import ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, ICMP, ICMPV6, TCP, UDP
 
 ARP_REQUEST: Final = 1
 ARP_REPLY: Final = 2

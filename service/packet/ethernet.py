@@ -7,16 +7,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from service.packet.classify import MAX_VLAN_TAGS
+from service.packet.numbers import ETHERTYPE_SERVICE_VLAN, ETHERTYPE_VLAN
 from service.packet.reason import Malformed, MalformedReason
 
 ETHERNET_HEADER_SIZE: Final = 6 + 6 + 2
 VLAN_TAG_SIZE: Final = 2 + 2
-
-ETHERTYPE_IPV4: Final = 0x0800
-ETHERTYPE_ARP: Final = 0x0806
-ETHERTYPE_VLAN: Final = 0x8100
-ETHERTYPE_IPV6: Final = 0x86DD
-ETHERTYPE_SERVICE_VLAN: Final = 0x88A8
 
 SMALLEST_ETHERTYPE: Final = 0x0600
 """Below, the field is the length of an IEEE 802.2 frame (IEEE 802.3, 3.2.6)."""

@@ -8,14 +8,11 @@ No header's format lives here.
 from dataclasses import dataclass
 from typing import TypeAlias, assert_never
 
-from service.packet.ethernet import ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, EthernetHeader, parse_ethernet
+from service.packet.ethernet import EthernetHeader, parse_ethernet
 from service.packet.ip import IPLayer, IPv4Header, IPv6Header, parse_ip
+from service.packet.numbers import ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, ICMP, ICMPV6, TCP, UDP
 from service.packet.reason import Malformed, MalformedReason
 from service.packet.transport import (
-    ICMP,
-    ICMPV6,
-    TCP,
-    UDP,
     IcmpHeader,
     Icmpv6Header,
     TcpHeader,

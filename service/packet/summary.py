@@ -9,8 +9,9 @@ a parsed packet keeps no payload.
 
 from typing import Final, assert_never
 
-from service.packet.ethernet import ETHERTYPE_ARP, SMALLEST_ETHERTYPE, EthernetHeader
+from service.packet.ethernet import SMALLEST_ETHERTYPE, EthernetHeader
 from service.packet.ip import NO_NEXT_HEADER, IPv6Header
+from service.packet.numbers import ETHERTYPE_ARP
 from service.packet.options import Option, Options
 from service.packet.parse import Frame, Packet
 from service.packet.reason import Malformed

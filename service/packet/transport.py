@@ -11,11 +11,6 @@ from typing import Final, TypeAlias
 from service.packet.options import Options, split_ipv4_or_tcp
 from service.packet.reason import Malformed, MalformedReason
 
-ICMP: Final = 1
-TCP: Final = 6
-UDP: Final = 17
-ICMPV6: Final = 58
-
 TCP_HEADER_SIZE: Final = 5 * 4
 UDP_HEADER_SIZE: Final = 4 * 2
 ICMP_HEADER_SIZE: Final = 4 + 4

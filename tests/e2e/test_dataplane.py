@@ -27,6 +27,7 @@ ECHO = bytes.fromhex("0800f7fd00010001")
 
 needs_tcpdump = pytest.mark.skipif(shutil.which("tcpdump") is None, reason="missing: tcpdump")
 needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="missing: curl")
+needs_ping = pytest.mark.skipif(shutil.which("ping") is None, reason="missing: ping (iputils-ping)")
 
 
 @pytest.fixture
@@ -178,6 +179,7 @@ def test_without_a_number_of_workers_there_is_one_for_each_processor(service: Se
 
 
 @needs_curl
+@needs_ping
 def test_captures_that_a_killed_worker_takes_along_say_so_and_have_what_is_in_their_files(running: Service) -> None:
     stage = {"processor": "capture", "files": 3}
     assert running.call("PATCH", BASE, {"processing": {"chain": [stage]}})[0] == 200

@@ -3,10 +3,10 @@
 import pytest
 
 from service.packet import build
-from service.packet.checksum import ChecksumState, verify_ipv4_header, verify_transport
 from service.packet.ip import IPv6Header
 from service.packet.parse import Frame, Packet, parse, parse_frame
 from service.packet.summary import summary
+from service.packet.verify import ChecksumState, verify_ipv4_header, verify_transport
 
 V4 = bytes([10, 0, 0, 1]), bytes([10, 0, 0, 2])
 V6 = bytes([0xFD] + [0] * 14 + [1]), bytes([0xFD] + [0] * 14 + [2])

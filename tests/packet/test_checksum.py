@@ -9,16 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.packet.checksum import (
-    ChecksumState,
-    corrected_checksum,
-    internet_checksum,
-    ones_complement_sum,
-    pseudo_header_sum,
-    verify_ipv4_header,
-    verify_transport,
-)
+from service.packet.checksum import corrected_checksum, internet_checksum, ones_complement_sum
 from service.packet.parse import Packet, parse
+from service.packet.verify import ChecksumState, pseudo_header_sum, verify_ipv4_header, verify_transport
 from tests.packet import golden
 
 WITH_CHECKSUM = (

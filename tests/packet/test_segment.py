@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.packet.checksum import ChecksumState, ones_complement_sum, verify_ipv4_header, verify_transport
+from service.packet.checksum import ones_complement_sum
 from service.packet.ip import IPv4Header
 from service.packet.parse import Frame, Packet, parse, parse_frame
 from service.packet.segment import SEGMENTS_MAX, CannotCut, cut, finish
 from service.packet.transport import TcpFlags, TcpHeader, UdpHeader
+from service.packet.verify import ChecksumState, verify_ipv4_header, verify_transport
 from service.packet.vnet import (
     F_NEEDS_CSUM,
     GSO_ECN,
