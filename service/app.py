@@ -590,6 +590,8 @@ class _Service:
         if self._starting:
             return
         log.error("the log failed; stopping without touching the interfaces", reason=reason)
+        if self._captures is not None:
+            self._captures.refuse()
         self._feed.close()
         if self._server is not None:
             self._server.should_exit = True

@@ -8,6 +8,7 @@ log, is `service.reconcile.captures`' business; how packets look in words is `se
 
 import asyncio
 import contextlib
+import fcntl
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -594,9 +595,13 @@ class _Running:
             log.warning("a stream of packets was given up: its reader takes nothing", name=source.live.capture.name)
 
     async def _octets(self) -> AsyncIterator[bytes]:
-        """What the capture writes, until it ends; nothing (b"") now and then while it is silent."""
+        """What the capture writes, until it ends; nothing (b"") now and then while it is silent.
+
+        If the service stops, the capture is ended first, and its reader has all that it wrote until then.
+        """
         loop, fd = asyncio.get_running_loop(), self.source.live.fd
-        while not self.source.captures.closing:
+        captures = self.source.captures
+        while not captures.closing:
             try:
                 octets = os.read(fd, READ_BYTES)
             except BlockingIOError:
@@ -615,6 +620,18 @@ class _Running:
                 return
             yield octets
             await asyncio.sleep(self.source.pause_s)
+        with contextlib.suppress(TunledgerError):  # `hang_up` tells of it
+            await captures.stop(self.source.live.capture, "shutdown", patience_s=0.0)
+        left = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)  # no more: a tap that stays writes on
+        while left > 0:
+            try:
+                octets = os.read(fd, READ_BYTES)
+            except BlockingIOError:
+                return
+            if not octets:
+                return
+            left -= len(octets)
+            yield octets
 
     @staticmethod
     async def _write(send: Send, body: bytes) -> None:

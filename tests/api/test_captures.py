@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from service.api.captures import _octets
+from service.api.captures import READ_BYTES, _octets
 from service.api.traffic import End, Flow, Inspected, Kept
 from service.domain import events as ev
 from service.packet import pcapng
+from service.reconcile.captures import PIPE_BYTES
 from tests.api.running import Running, until
 
 BASE = "/api/v1/interfaces/tun0"
@@ -234,6 +235,33 @@ def test_a_tail_says_what_it_left_out_and_its_readers_end_ends_it(running: Runni
     until(lambda: len(told(running)) == 2)
     assert told(running)[1].reason == "client_gone"
     assert running.traffic.taps == {}
+
+
+def test_a_stop_gives_the_reader_of_a_stream_all_that_was_captured(running: Running) -> None:
+    host, port = running.listen()
+    with socket.create_connection((host, port), timeout=20) as client:
+        client.sendall(f"GET {BASE}/capture/stream HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
+        text = b""
+        while b"\r\n\r\n" not in text:
+            text += client.recv(4096)
+        ((_, (fd,)),) = running.traffic.taps.values()
+        octets = pcapng.section("x") + pcapng.interface("tun0", "tun", 100)
+        octets += pcapng.packets([PING] * 6000, time_ns=S, flags=pcapng.INBOUND, snaplen=100)
+        assert READ_BYTES < len(octets) < PIPE_BYTES, "more than is read at once"
+
+        async def write_and_stop() -> None:
+            assert os.write(fd, octets) == len(octets)
+            running.captures.refuse()
+
+        running.run(write_and_stop())
+        while not text.endswith(b"\r\n0\r\n\r\n"):
+            text += client.recv(1 << 20)
+    body, chunks = b"", text.split(b"\r\n\r\n", 1)[1]
+    while chunks:
+        size, chunks = chunks.split(b"\r\n", 1)
+        body, chunks = body + chunks[: int(size, 16)], chunks[int(size, 16) + 2 :]
+    assert body == octets
+    assert told(running)[1].reason == "shutdown"
 
 
 def test_a_frame_is_decoded_with_its_ethernet_header_apart() -> None:
